@@ -1,0 +1,73 @@
+"""Saccade: see, steer and reduce attention in any transformer.
+
+Names come on first use, so that importing this imports neither torch nor transformers. The class of every
+method of the catalogue is a name here too: `saccade.VAR`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from saccade.catalog import methods
+    from saccade.core.call import AttentionCall
+    from saccade.core.card import Card
+    from saccade.core.errors import SaccadeError
+    from saccade.core.layout import Layout
+    from saccade.core.method import Method, option
+    from saccade.core.record import Recording
+    from saccade.core.session import Session, attach
+    from saccade.core.site import Site
+    from saccade.looking import ask, look
+    from saccade.stack import load
+
+__all__ = [
+    "AttentionCall",
+    "Card",
+    "Layout",
+    "Method",
+    "Recording",
+    "SaccadeError",
+    "Session",
+    "Site",
+    "ask",
+    "attach",
+    "load",
+    "look",
+    "methods",
+    "option",
+]
+
+_HOMES = {
+    "AttentionCall": "core.call",
+    "Card": "core.card",
+    "Layout": "core.layout",
+    "Method": "core.method",
+    "Recording": "core.record",
+    "SaccadeError": "core.errors",
+    "Session": "core.session",
+    "Site": "core.site",
+    "ask": "looking",
+    "attach": "core.session",
+    "load": "stack",
+    "look": "looking",
+    "methods": "catalog",
+    "option": "core.method",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if home := _HOMES.get(name):
+        value = getattr(import_module(f"saccade.{home}"), name)
+    elif name[0].isupper():
+        value = import_module("saccade.catalog").load_named(name)
+    else:
+        raise AttributeError(f"module 'saccade' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    classes = (e.class_name for e in import_module("saccade.catalog").entries())
+    return sorted({*globals(), *__all__, *classes})

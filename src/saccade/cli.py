@@ -1,0 +1,278 @@
+"""The command line. Listing imports nothing heavy; what runs a model imports it inside its handler."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from saccade import catalog
+from saccade.core.errors import InputError, SaccadeError, nearest
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from saccade.catalog import Entry, Option
+    from saccade.stack import Stack
+
+WIDEST = 100
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()  # a closed pipe shows here, not while the interpreter leaves
+        return code
+    except SaccadeError as e:
+        if args.debug:
+            raise
+        print(f"saccade: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="saccade",
+        description="See, steer and reduce attention in any transformer.",
+        epilog="Start with `saccade demo`; `saccade COMMAND --help` shows an example of each command.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    listing = command(
+        "methods", _methods, "List or search the catalogue.", "saccade methods object hallucination"
+    )
+    listing.add_argument("words", nargs="*", metavar="WORDS", help="what to search for; nothing lists all")
+    listing.add_argument("--family", choices=catalog.FAMILIES, metavar="F", help=", ".join(catalog.FAMILIES))
+    listing.add_argument("--json", action="store_true", help="the cards as JSON")
+
+    show = command("show", _show, "Explain one method: its card, equation and options.", "saccade show var")
+    show.add_argument("slug", metavar="SLUG")
+
+    look = command(
+        "look",
+        _look,
+        "Show where a model looks while it answers.",
+        'saccade look table.jpg --ask "What is on the table?" --with var --plain',
+    )
+    look.add_argument("image", metavar="IMAGE")
+    look.add_argument("--ask", required=True, metavar="QUESTION", dest="question")
+    look.add_argument("--plain", action="store_true", help="draw in the terminal (also when there is no -o)")
+    look.add_argument("-o", "--out", metavar="FILE", help="overlay (.png, .jpg) or recording (.safetensors)")
+
+    ask = command(
+        "ask",
+        _ask,
+        "Ask about an image.",
+        'saccade ask table.jpg "Is there a cup?" --with "var(p=0.4)" --compare',
+    )
+    ask.add_argument("image", metavar="IMAGE")
+    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("--compare", action="store_true", help="answer without the stack too")
+
+    for sub in (look, ask):
+        sub.add_argument("--with", dest="stack", metavar="STACK", help='joined by "+", or a .stack file')
+        model = sub.add_argument_group("model").add_argument
+        model("--model", default="world/vlm", metavar="M", help="embedded, folder or hub id (%(default)s)")
+        model("--dtype", metavar="T", help="float32, bfloat16, float16 (default: the model's own)")
+        model("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: what there is)")
+        model("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+    command("demo", _demo, "See it work on the embedded model, in a minute.", "saccade demo")
+    return parser
+
+
+# ---- commands
+
+
+def _methods(args: argparse.Namespace) -> int:
+    words = " ".join(args.words)
+    found = catalog.methods(words, args.family)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(card) for card in found], indent=2, ensure_ascii=False))
+    elif found:
+        print(catalog.table(found, _width(), _bold))
+    else:
+        near = nearest(words.lower(), (card.slug for card in catalog.cards()))
+        asked = " in ".join(filter(None, [words, args.family])) or "everything"
+        print(f"No method is found for {asked}{f': {near}' if near else '.'}", file=sys.stderr)
+    return 0 if found else 1
+
+
+def _show(args: argparse.Namespace) -> int:
+    entry = catalog.entry(args.slug)
+    card = entry.card
+    facts = {
+        "kind": f"{card.kind}, {card.family}" + (f", {card.form}" if card.form != card.kind else ""),
+        "for": card.target,
+        "needs": ", ".join(card.needs),
+        "trains": card.trains,
+        "neutral": ", ".join(f"{key}={value!r}" for key, value in card.neutral.items()),
+        "paper": card.paper,
+        "code": card.code,
+        "headline": card.headline,
+        "sure": {"known": "as published", "abstract": "part of it is a reconstruction"}[card.sure],
+        "tags": ", ".join(card.tags),
+    }
+    print(f"{_bold(card.name)}  {card.slug}\n{_filled(card.summary)}\n")
+    for name, fact in facts.items():
+        if fact:
+            print(_filled(f"{name:<10}{fact}", "  ", " " * 12))
+    for choice in card.choices:
+        print(_filled(f"{'choice':<10}{choice}", "  ", " " * 12))
+    print("\n" + "\n\n".join(map(_paragraph, entry.description.split("\n\n"))))
+    own = [option for option in entry.options if option.owner != "Method"]
+    for title, options in (
+        ("Options", own),
+        ("Options of every method", [option for option in entry.options if option.owner == "Method"]),
+    ):
+        if options:
+            print(f"\n{_bold(title)}")
+            for option in options:
+                print(_described(option))
+    print(f"\n{_bold('Use')}\n  {_use(entry, own)}")
+    return 0
+
+
+def _described(option: Option) -> str:
+    default = f" = {option.default}" if option.default else ""
+    limits = f"; {option.limits}" if option.limits else ""
+    head = _filled(f"{option.name}: {option.annotation}{default}{limits}", "  ", " " * 6)
+    return f"{head}\n{_filled(option.doc, '      ', '      ')}" if option.doc else head
+
+
+def _use(entry: Entry, options: list[Option]) -> str:
+    """A stack with the first option that the notation can write."""
+    from saccade.stack import written_value
+
+    stack = entry.card.slug
+    for option in options:
+        try:
+            value = written_value(ast.literal_eval(option.default))
+        except (ValueError, SyntaxError):
+            continue
+        stack += f"({option.name}={value})"
+        break
+    return f"saccade ask IMAGE \"...\" --with '{stack}'\n  sc.attach(model, sc.load({stack!r}))"
+
+
+def _look(args: argparse.Namespace) -> int:
+    suffix = os.path.splitext(args.out or "")[1].lower()
+    if args.out and suffix not in (*PICTURES, ".safetensors"):
+        raise InputError(
+            f"{args.out}: this kind of file cannot be written.", f"Use {', '.join(PICTURES)} or .safetensors."
+        )
+    image, stack = _image(args.image), _stack(args.stack)
+    from saccade import looking
+
+    model, processor = _model(args)
+    recording = looking.look(model, processor, image, args.question, stack=stack)
+    if args.plain or not args.out:
+        print(recording.plain(width=_width()))
+    if suffix == ".safetensors":
+        recording.save(args.out)
+    elif args.out:
+        recording.overlay().save(args.out)
+    return 0
+
+
+def _ask(args: argparse.Namespace) -> int:
+    image, stack = _image(args.image), _stack(args.stack)
+    if args.compare and not stack:
+        raise InputError("There is nothing to compare with.", 'Give a stack, as in: --compare --with "var"')
+    from saccade import looking
+
+    model, processor = _model(args)
+
+    def answer(stack: Stack | None) -> str:
+        return str(looking.ask(model, processor, image, args.question, stack=stack)).strip()
+
+    if not args.compare:
+        print(answer(stack))
+        return 0
+    for title, chosen in (("without", None), (f"with {stack}", stack)):
+        print(f"{_bold(title)}\n{_filled(answer(chosen), '  ', '  ')}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from saccade import looking
+
+    looking.demo()
+    return 0
+
+
+def _model(args: argparse.Namespace) -> tuple[Any, Any]:
+    from saccade import looking
+
+    return looking.load_model(
+        args.model, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code
+    )
+
+
+def _stack(text: str | None) -> Stack | None:
+    from saccade.stack import load
+
+    return load(text) if text is not None else None
+
+
+def _image(path: str) -> Image:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"The image cannot be read: {e}.", "Give the path of a picture file.") from e
+
+
+# ---- print
+
+
+def _width() -> int:
+    return min(WIDEST, shutil.get_terminal_size().columns)
+
+
+def _bold(text: str) -> str:
+    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def _filled(text: str, first: str = "", rest: str = "") -> str:
+    """Links and names stay whole."""
+    return textwrap.fill(
+        text,
+        _width(),
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _paragraph(text: str) -> str:
+    """Prose is filled; what is indented, an equation or a table, stays as it was written."""
+    return text if any(line.startswith(" ") for line in text.splitlines()) else _filled(text)

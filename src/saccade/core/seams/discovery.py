@@ -1,0 +1,218 @@
+"""Finding the places where a model attends, from what its modules' code names, not from its family."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+
+from saccade.core.site import Seam, Site
+from saccade.models.towers import CROSS_NAMES, TOWERS
+
+
+def discover(model: nn.Module) -> list[Site]:
+    """Every attention module as a site, then the layers, mlps, neurons and embeddings around them."""
+    places = _attention_modules(model)
+    drafts: list[dict[str, Any]] = []
+    counters: dict[tuple[str, ...], int] = {}
+    for path, module, seam in places:
+        tower = tower_of(model, path)
+        kind = _kind(model, path, module)
+        layer = getattr(module, "layer_idx", None)
+        leaf = path.rsplit(".", 1)[-1]
+        key = (tower, kind, leaf, "single" if "single" in path else "")
+        number = counters[key] = counters.get(key, -1) + 1
+        if isinstance(layer, int) and tower == "text":
+            number = layer
+        drafts.append(
+            dict(path=path, module=module, tower=tower, index=number, kind=kind, seam=seam, leaf=leaf)
+        )
+    depths: dict[str, int] = {}
+    for draft in drafts:
+        depths[draft["tower"]] = max(depths.get(draft["tower"], 0), draft["index"] + 1)
+    sites, taken = [], set()
+    for draft in drafts:
+        leaf = draft.pop("leaf")
+        name = _name(draft)
+        if name in taken:  # a pooling head beside the layers, or a second attention in a layer
+            name = f"{draft['tower']}.{leaf}.{draft['index']}.{draft['kind']}"
+            draft["index"] = None
+        if name in taken:
+            name = f"{draft['tower']}.{draft['path']}.{draft['kind']}"
+        taken.add(name)
+        if draft["tower"] == "unet":
+            draft["index"] = None
+        sites.append(Site(name=name, depth=depths[draft["tower"]], **draft))
+    return sites + _hidden_sites(model, sites)
+
+
+def tower_of(model: nn.Module, path: str) -> str:
+    """`text`, `vision`, ... of a module, from its path and from what the model is."""
+    library = type(model).__module__
+    if library.startswith("diffusers"):
+        return "unet" if "unet" in library else "dit"
+    if library.startswith("timm"):
+        return "vision"
+    config = getattr(model, "config", None)
+    if config is not None and _only_sees(config):
+        return "vision"
+    tower = next(name for name, pattern in TOWERS if re.search(pattern, path))
+    if tower == "encoder" and not getattr(config, "is_encoder_decoder", False):
+        return "text"
+    return tower
+
+
+def _only_sees(config: Any) -> bool:
+    """A configuration of pictures alone: it has a picture size or patches, and no words."""
+    words = any(hasattr(config, name) for name in ("vocab_size", "text_config", "decoder"))
+    return not words and any(hasattr(config, name) for name in ("image_size", "patch_size", "num_channels"))
+
+
+def _kind(model: nn.Module, path: str, module: nn.Module) -> str:
+    leaf = ".".join(path.lower().split(".")[-2:])  # some keep `crossattention.self`
+    if tower_of(model, path) == "dit" and (getattr(module, "added_kv_proj_dim", None) or "single" in path):
+        return "joint"
+    cross = getattr(module, "is_cross_attention", None)
+    return "cross" if cross is True or any(name in leaf for name in CROSS_NAMES) else "self"
+
+
+def _name(draft: dict[str, Any]) -> str:
+    tower, path = draft["tower"], draft["path"]
+    if tower == "unet":
+        block = re.match(r"(down|mid|up)_block", path)
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", path)
+        return ".".join([tower, block.group(1) if block else "block", *numbers, draft["kind"]])
+    if tower == "dit" and "single" in path:
+        return f"{tower}.single.{draft['index']}.{draft['kind']}"
+    return f"{tower}.{draft['index']}.{draft['kind']}"
+
+
+def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, Seam]]:
+    found: list[tuple[str, nn.Module, Seam]] = []
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(outer) for outer in inside):
+            continue
+        seam = seam_of(module)
+        if seam is not None:
+            found.append((path, module, seam))
+            inside.append(path + ".")
+    return found
+
+
+def seam_of(module: nn.Module) -> Seam | None:
+    """The narrowest way into this module's attention, None where it does not attend itself."""
+    if isinstance(module, nn.MultiheadAttention) or (hasattr(module, "processor") and hasattr(module, "to_q")):
+        return "sdpa"
+    if isinstance(module, nn.ModuleList) or any(seam_of(child) for child in module.children()):
+        return None
+    names = _names_used(type(module))
+    if "ALL_ATTENTION_FUNCTIONS" in names:
+        return "interface"
+    if names & {"scaled_dot_product_attention", "dispatch_attention_fn"}:
+        return "softmax" if getattr(module, "fused_attn", True) is False else "sdpa"
+    by_hand = bool(names & {"softmax", "Softmax"}) and re.search("Atten|Attn", type(module).__name__)
+    return "softmax" if by_hand and any(True for _ in module.children()) else None
+
+
+@functools.cache
+def _names_used(cls: type) -> frozenset[str]:
+    """Global names and attributes that the methods of a class read, its library bases included."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.", "transformers.modeling_", "builtins")):
+            continue
+        for value in vars(base).values():
+            function = inspect.unwrap(value) if isinstance(value, FunctionType) else None
+            if isinstance(function, FunctionType):
+                names |= _names_in(function.__code__)
+    return frozenset(names)
+
+
+def _names_in(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            names |= _names_in(const)
+    return names
+
+
+# ---- what stands around attention -----------------------------------------------------------------------
+
+
+def _hidden_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Layer: the outermost item of a list with exactly one self-attention. Mlp: what in it adds to the
+    stream after attention. Neurons: the input of the mlp's last linear. Embed: the input of layer 0."""
+    found: list[Site] = []
+    selves = [site for site in sites if site.kind == "self" and site.index is not None]
+    for site in selves:
+        path = _layer_path(site, selves)
+        if path is None:
+            continue
+        layer = model.get_submodule(path)
+
+        def add(kind: str, inner: str, module: nn.Module, site: Site = site) -> None:
+            name = f"{site.tower}.embed" if kind == "embed" else f"{site.tower}.{site.index}.{kind}"
+            found.append(Site(name, inner, module, site.tower, site.index, kind, "module", site.depth))
+
+        if site.index == 0:
+            add("embed", path, layer)
+        add("layer", path, layer)
+        mlp = _mlp(layer, [s.path[len(path) + 1 :] for s in sites if s.path.startswith(path + ".")])
+        if mlp is not None:
+            add("mlp", f"{path}.{mlp}", layer.get_submodule(mlp))
+            down = _last_linear(layer.get_submodule(mlp))
+            if down is not None:
+                inner = f"{mlp}.{down}" if down else mlp
+                add("neurons", f"{path}.{inner}", layer.get_submodule(inner))
+    return found
+
+
+def _layer_path(site: Site, selves: list[Site]) -> str | None:
+    parts = site.path.split(".")
+    for stop in range(1, len(parts)):
+        if parts[stop - 1].isdigit():
+            path = ".".join(parts[:stop])
+            if sum(other.path.startswith(path + ".") for other in selves) == 1:
+                return path
+    return None
+
+
+def _mlp(layer: nn.Module, attention: list[str], prefix: str = "") -> str | None:
+    """The last part of a layer that holds linear layers, is no attention, and takes the stream alone."""
+    best = None
+    for name, child in layer.named_children():
+        path = prefix + name
+        if any(inner.startswith(path + ".") for inner in attention) or _normalises(child):
+            best = _mlp(child, attention, path + ".") or best
+        elif path not in attention and any(_is_linear(m) for m in child.modules()):
+            best = path
+    return best if best is None or _takes_one(layer.get_submodule(best.removeprefix(prefix))) else None
+
+
+def _normalises(module: nn.Module) -> bool:
+    """A sublayer that normalises and adds by itself (T5's): the mlp is inside."""
+    return not _is_linear(module) and any("Norm" in type(child).__name__ for child in module.children())
+
+
+def _takes_one(module: nn.Module) -> bool:
+    needed = [
+        p
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return len(needed) == 1
+
+
+def _last_linear(mlp: nn.Module) -> str | None:
+    linears = [name for name, module in mlp.named_modules() if _is_linear(module)]
+    experts = any(isinstance(module, nn.ModuleList) or "xpert" in type(module).__name__ for module in mlp.modules())
+    return linears[-1] if linears and not experts else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear", "LinearLayer")

@@ -1,0 +1,146 @@
+"""Any torch module as a host: timm, torch, and what is common to all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.core.errors import AttachError
+from saccade.core.layout import KINDS, Layout
+from saccade.core.seams.discovery import discover
+from saccade.core.site import Site
+from saccade.core.state import Sequence, Vocabulary
+
+if TYPE_CHECKING:
+    from saccade.core.passes import Pass
+
+
+class PlainHost:
+    """What the runtime asks of a model. A library's host says more than a plain module can."""
+
+    vocabulary = Vocabulary({}, frozenset())
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sites = discover(model)
+        if not any(site.seam != "module" for site in self.sites):
+            raise AttachError(
+                f"{type(model).__name__} has no attention that can be reached.",
+                "pass a model that attends through transformers' interface, F.scaled_dot_product_attention, "
+                "nn.MultiheadAttention, or a softmax in a module named like attention",
+            )
+        towers = list(dict.fromkeys(site.tower for site in self.sites))
+        self.main_tower = "text" if "text" in towers else towers[0]
+        self.parameters = tuple(inspect.signature(model.forward).parameters)
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The forward's arguments by name."""
+        return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
+
+    def roots(self) -> dict[str, nn.Module]:
+        """The module of every tower that stands beside others: the highest that holds its sites alone."""
+        paths: dict[str, list[str]] = {}
+        for site in self.sites:
+            paths.setdefault(site.tower, []).append(site.path)
+        if len(paths) == 1:
+            return {}
+        found = {}
+        for tower, own in paths.items():
+            others = [p for other, theirs in paths.items() if other != tower for p in theirs]
+            parts = own[0].split(".")
+            for depth in range(1, len(parts)):
+                prefix = ".".join(parts[:depth]) + "."
+                if not any(p.startswith(prefix) for p in others) and all(p.startswith(prefix) for p in own):
+                    found[tower] = self.model.get_submodule(prefix[:-1])
+                    break
+        return found
+
+    # ---- what a plain module does not know; a library's host answers these ------------------------------
+
+    def check(self) -> None:
+        return None
+
+    def wraps(self) -> list[tuple[Any, str, str]]:
+        return []
+
+    def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(inputs)
+
+    def ids(self, inputs: Mapping[str, Any]) -> tuple[Tensor | None, tuple[int, int] | None]:
+        return None, None
+
+    def mask(self, inputs: Mapping[str, Any], columns: int) -> Tensor | None:
+        return None
+
+    def cache(self, inputs: Mapping[str, Any]) -> Any:
+        return None
+
+    def cached_tokens(self, cache: Any) -> int:
+        return 0
+
+    def cache_of_output(self, output: Any) -> Any:
+        return None
+
+    def sequence_of(self, cache: Any) -> Sequence | None:
+        return None
+
+    def follow(self, cache: Any, sequence: Sequence) -> None:
+        return None
+
+    def counts(self, output: Any) -> list[int]:
+        return []
+
+    def transient(self) -> list[tuple[Any, str, Any]]:
+        return []
+
+    def without_images(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        raise AttachError(
+            f"{type(self.model).__name__} does not say which of its inputs are pictures.",
+            "use a vision-language model of transformers",
+        )
+
+    # ---- spaces -----------------------------------------------------------------------------------------
+
+    def space(self, name: str, states: Tensor, pass_: Pass) -> Layout:
+        """A tower's tokens: patches behind class and register tokens, or all of one kind."""
+        batch, tokens = states.shape[0], states.shape[2]
+        kind = self.kind_of(name, pass_)
+        layout = Layout.of_kind(kind, batch, tokens, states.device)
+        patches = self._patches(name, pass_) if kind == "image" else None
+        if patches is not None and patches < tokens:
+            layout.kind[:, : tokens - patches] = KINDS.index("special")
+            layout.item[:, : tokens - patches] = -1
+        return layout
+
+    def kind_of(self, name: str, pass_: Pass) -> str:
+        return {"vision": "image", "unet": "image", "dit": "image", "audio": "audio"}.get(name, "text")
+
+    def _patches(self, name: str, pass_: Pass) -> int | None:
+        """How many patches the tower cuts its pictures into, where it cuts them with a convolution."""
+        inputs = pass_.tower_inputs.get(name, pass_.inputs)
+        pixels = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 4), None)
+        if pixels is None:
+            return None
+        root = self.roots().get(name, self.model)
+        cuts = [m for m in root.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride]
+        if not cuts:
+            return None
+        height, width = (int(s) // k for s, k in zip(pixels.shape[-2:], _pair(cuts[0].kernel_size), strict=True))
+        return height * width
+
+
+def _pair(size: tuple[int, ...]) -> tuple[int, int]:
+    return size[0], size[1]
+
+
+def restore(saved: list[tuple[Any, str, Any]]) -> None:
+    for module, name, value in saved:
+        setattr(module, name, value)
+
+
+def device_of(inputs: Mapping[str, Any]) -> torch.device:
+    return next((v.device for v in inputs.values() if isinstance(v, Tensor)), torch.device("cpu"))

@@ -1,0 +1,64 @@
+"""Every private or fragile name of transformers that we lean on, and its known form.
+
+`check()` compares once. Where a library has moved, the error says what moved and which versions we know.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from dataclasses import dataclass
+
+from saccade.core.errors import VersionError
+
+KNOWN = "5.18 to 5.23"
+
+
+@dataclass(frozen=True)
+class Name:
+    """`path` is `module:attribute.attribute`; `parameters` begin its signature, None for what is no function."""
+
+    path: str
+    parameters: tuple[str, ...] | None = None
+
+
+NAMES = (
+    Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"),
+    Name("transformers.modeling_utils:AttentionInterface.get_interface", ("self", "attn_implementation", "default")),
+    Name("transformers.modeling_utils:AttentionInterface.register", ("key", "value")),
+    Name("transformers.configuration_utils:PreTrainedConfig._attn_implementation"),
+    Name("transformers.cache_utils:Cache.reorder_cache", ("self", "beam_idx")),
+    Name("transformers.cache_utils:Cache.batch_repeat_interleave", ("self", "repeats")),
+    Name("transformers.cache_utils:Cache.batch_select_indices", ("self", "indices")),
+    Name("transformers.cache_utils:Cache.crop", ("self",)),
+    Name("transformers.cache_utils:Cache.get_seq_length", ("self", "layer_idx")),
+)
+
+
+@functools.cache
+def check() -> None:
+    """Raise where a name is gone or has another signature."""
+    check_names(NAMES)
+
+
+def check_names(names: tuple[Name, ...]) -> None:
+    import transformers
+
+    for name in names:
+        module, _, path = name.path.partition(":")
+        try:
+            value = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+        except (ImportError, AttributeError):
+            problem = "is gone"
+        else:
+            if name.parameters is None:
+                continue
+            found = tuple(inspect.signature(value).parameters)
+            if found[: len(name.parameters)] == name.parameters:
+                continue
+            problem = f"takes {', '.join(found)} instead of {', '.join(name.parameters)}"
+        raise VersionError(
+            f"transformers {transformers.__version__} has moved: {name.path} {problem}.",
+            f"use a version that we know, {KNOWN}: pip install 'transformers>=5.18,<6'",
+        )
