@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.core.errors import InputError
 
@@ -50,6 +51,10 @@ class AttentionCall:
         segments: Tensor | None = None,
         x: Tensor | None = None,
         options: dict[str, Any] | None = None,
+        pos: Tensor | None = None,
+        keep: Tensor | None = None,
+        context: Any = None,
+        source: int = 0,
     ) -> None:
         self.site = site
         self.q, self.k, self.v, self.mask = q, k, v, mask
@@ -59,9 +64,20 @@ class AttentionCall:
         self.segments = segments  # cumulative lengths of packed sequences
         self.x = x
         self.options = options  # what the seam hands on to the native operator
+        self.pos = (
+            pos  # (batch, keys) or (batch, key heads, keys) logical positions, None while none is missing
+        )
+        self.keep = keep  # (batch, queries) places in the pass' tokens, None while none is missing
+        self.context = context  # what the module was given beside the stream
+        self.source = (
+            source  # which of the module's calls it is: a module may attend to text, then to a picture
+        )
         self.pass_ = pass_
         self.out: Tensor | None = None  # (batch, heads, queries, dim), once computed
         self.span: Span = slice(0, q.shape[2])  # the rows that the running event sees
+        self.returned_weights: Tensor | None = None  # what the native operator gives beside its output
+        self.keeps_weights = False  # somebody reads the edited weights later
+        self._parts: list[tuple[Tensor, AttentionCall]] = []  # rows of the batch that methods saw alone
         self._native = self._below = operator
         self._bias: Tensor | None = None
         self._untouched: tuple[Tensor, Tensor, Tensor] | None = None
@@ -84,9 +100,26 @@ class AttentionCall:
         return self.pass_.sequence.state_of(self.run.method)
 
     @property
+    def dropout(self) -> float:
+        """What the native operator drops of the weights, in training."""
+        options = self.options or {}
+        return options.get("dropout", options.get("dropout_p", 0.0))
+
+    @property
     def groups(self) -> int:
         """Query heads that share a key head."""
         return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def given(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before any edit."""
+        return self._untouched or (self.q, self.k, self.v)
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but the causal rule and the scale stands between scores and weights, and no key is missing."""
+        marks = (self.mask, self.pos, self.keep, self.window, self.segments, self.sinks, self.position_bias)
+        return all(mark is None for mark in marks) and self.softcap is None
 
     @property
     def qlayout(self) -> Layout:
@@ -98,24 +131,82 @@ class AttentionCall:
 
     @property
     def qpos(self) -> Tensor:
-        """Logical position of every query: (queries,)."""
+        """Logical position of every query: (queries,), or (batch, queries) where some are missing, -1 for fillers."""
+        if self.keep is not None:
+            start = self.pass_.start if self.site.kind == "self" else 0
+            return torch.where(self.keep < 0, -1, self.keep + start)
         last = self.pass_.logical_end(self.site, self.q.shape[2])
         return torch.arange(last - self.q.shape[2], last, device=self.q.device)
 
     @property
     def kpos(self) -> Tensor:
-        """Logical position of every key: (keys,)."""
-        last = self.pass_.logical_end(self.site, self.k.shape[2]) if self.site.kind == "self" else self.k.shape[2]
+        """Logical position of every key: (keys,), or `pos` where some are missing."""
+        if self.pos is not None:
+            return self.pos
+        last = (
+            self.pass_.logical_end(self.site, self.k.shape[2])
+            if self.site.kind == "self"
+            else self.k.shape[2]
+        )
         return torch.arange(last - self.k.shape[2], last, device=self.k.device)
 
     def columns(self, name: str) -> Tensor:
         """Keys of a kind or segment: (batch, 1, 1, keys), bool."""
-        return self.klayout.where(name)[:, None, None, -self.k.shape[2] :]
+        return self._at_keys(self.klayout.where(name))
+
+    def at_columns(self, mask: Tensor) -> Tensor:
+        """A mask over the conversation's first tokens (batch, tokens) for the keys of this call, False for
+        later ones: (batch, 1, 1, keys)."""
+        last = self.pass_.logical_end(self.site, self.k.shape[2])
+        last = last if self.pos is None else self.pass_.sequence.length
+        return self._at_keys(nn.functional.pad(mask, (0, max(0, last - mask.shape[1])))[:, :last])
+
+    def _at_keys(self, mask: Tensor) -> Tensor:
+        if self.pos is None:
+            keys = self.k.shape[2]  # a static cache has room for more than came
+            return nn.functional.pad(mask[:, -keys:], (0, max(0, keys - mask.shape[1])))[:, None, None]
+        pos = self.pos[:, None] if self.pos.ndim == 2 else self.pos.repeat_interleave(self.groups, 1)
+        at = mask[:, None].expand(-1, pos.shape[1], -1).gather(2, pos.clamp_min(0)) & (pos >= 0)
+        return at[:, :, None, :]
 
     def rows(self, name: str) -> Tensor:
         """Queries of a kind or segment among the rows that the event sees: (batch, 1, rows, 1), bool."""
-        mask = self.qlayout.where(name)[:, -self.q.shape[2] :]
-        return take_rows(mask[:, None, :, None], self.span)
+        return take_rows(self.queries(name)[:, None, :, None], self.span)
+
+    def queries(self, name: str) -> Tensor:
+        """Queries of a kind or segment: (batch, queries), bool."""
+        mask = self.qlayout.where(name)
+        if self.keep is None:
+            return mask[:, -self.q.shape[2] :]
+        mask = mask[:, -self.pass_.full(self.site) :]
+        return mask.gather(1, self.keep.clamp_min(0)) & (self.keep >= 0)
+
+    def part(self, rows: slice | Tensor, pass_: Pass, offset: int) -> AttentionCall:
+        """Some rows of the batch as a call of their own, whose columns begin at `offset`."""
+        pos = None if self.pos is None else self.pos[rows]
+        if pos is not None and offset:
+            pos = torch.where(pos < offset, -1, pos - offset)
+
+        def take(t: Any) -> Any:
+            return t[rows] if isinstance(t, Tensor) and t.shape[0] == self.q.shape[0] else t
+
+        return AttentionCall(
+            self.site, self.q[rows], self.k[rows], self.v[rows], take(self.mask), scale=self.scale,
+            causal=self.causal, operator=self._native, pass_=pass_, softcap=self.softcap, sinks=self.sinks,
+            position_bias=take(self.position_bias), window=self.window, x=take(self.x), options=self.options,
+            pos=pos, keep=take(self.keep), context=take(self.context), source=self.source,
+        )  # fmt: skip
+
+    def join(self, index: Tensor, part: AttentionCall) -> None:
+        """Take over what was edited in these rows of the batch alone."""
+        self._parts.append((index, part))
+        if part._untouched is not None:
+            mine, theirs = (self.q, self.k, self.v), (part.q, part.k, part.v)
+            self.change_inputs(*(t.index_copy(0, index, new) for t, new in zip(mine, theirs, strict=True)))
+
+    def by_sample(self, t: Tensor) -> Tensor:
+        """Values of the caller's samples (samples, ...) for the rows of this call, beams and all: (batch, ...)."""
+        return t.index_select(0, self.qlayout.sample.to(t.device))
 
     # ---- reading -------------------------------------------------------------------------------------
 
@@ -123,25 +214,39 @@ class AttentionCall:
         """Scores before the softmax, masked with the lowest float: (batch, heads, rows, keys)."""
         return self._scores(self.resolve(rows), heads, native=False)
 
-    def weights(self, rows: Rows = "all", heads: Any = None, *, native: bool = False) -> Tensor:
-        """Weights as edited so far, or as the model alone has them: (batch, heads, rows, keys), float32 or better."""
+    def weights(
+        self, rows: Rows = "all", heads: Any = None, *, native: bool = False, keep: bool = True
+    ) -> Tensor:
+        """Weights as edited so far, or as the model alone has them: (batch, heads, rows, keys), float32 or better.
+
+        The call keeps them for the next who asks; who walks over chunks says `keep=False`.
+        """
         span = self.resolve(rows)
+        if self._parts and not native:
+            w = self.weights(span, heads, native=True)
+            for index, part in self._parts:
+                w = w.index_copy(0, index, part.weights(span, heads))
+            return w
         for edited, w in self._edited if not native else ():
             if _same(edited, span):
                 return w if heads is None else w[:, heads]
         key = (_key(span), None if heads is None else tuple(torch.as_tensor(heads).tolist()), native)
-        if key not in self._weights:
-            w = self.softmax(self._scores(span, heads, native=native), heads)
-            for edited, new in self._edited if not native else ():
-                w = self._overlay(w, span, new if heads is None else new[:, heads], edited)
+        if key in self._weights:
+            return self._weights[key][1]
+        w = self.softmax(self._scores(span, heads, native=native), heads)
+        for edited, new in self._edited if not native else ():
+            w = self._overlay(w, span, new if heads is None else new[:, heads], edited)
+        if keep:
             self._weights[key] = (span, w)  # the span is kept, for the key may be its id
-        return self._weights[key][1]
+        return w
 
     def chunks(self, rows: Rows = "all", limit: int | None = None) -> Iterator[slice]:
         """The rows in pieces whose scores stay below `limit` elements."""
         span = self.resolve(rows)
         if not isinstance(span, slice):
-            raise InputError("Rows that differ between samples cannot be cut into pieces.", "ask for a slice of rows")
+            raise InputError(
+                "Rows that differ between samples cannot be cut into pieces.", "ask for a slice of rows"
+            )
         per_row = self.q.shape[0] * self.q.shape[1] * self.k.shape[2]
         step = max(1, (limit or CHUNK) // per_row)
         for start in range(span.start, span.stop, step):
@@ -151,7 +256,7 @@ class AttentionCall:
         """Weights (batch, heads, rows, keys) times values: (batch, heads, rows, dim)."""
         batch, heads, rows, keys = w.shape
         grouped = w.to(self.v.dtype).reshape(batch, heads // self.groups, self.groups * rows, keys)
-        return (grouped @ self.v).reshape(batch, heads, rows, -1)
+        return (grouped @ self.v).reshape(batch, heads, rows, self.v.shape[-1])
 
     def native(self, **changed: Any) -> Tensor:
         """The model's own operator on this call, `q`, `k`, `v` or `mask` exchanged: (batch, heads, queries, dim)."""
@@ -164,6 +269,11 @@ class AttentionCall:
             for name, value in old.items():
                 setattr(self, name, value)
 
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values that this site's own matrices and norms make of other context states (batch, tokens,
+        width): (batch, heads, tokens, dim) each, not rotated."""
+        return self.run.runtime.host.project(self, states)
+
     def next(self) -> Tensor:
         """For `replace`: the operator below, with all that was edited before it."""
         return self._below(self)
@@ -173,9 +283,13 @@ class AttentionCall:
         below = self._below
 
         def operator(call: AttentionCall) -> Tensor:
+            above, caller = call._below, call.run.method
             call._below, call.run.method = below, method
-            out = method.replace(call)
-            return below(call) if out is None else out
+            try:
+                out = method.replace(call)
+                return below(call) if out is None else out
+            finally:
+                call._below, call.run.method = above, caller
 
         self._below = operator
 
@@ -195,29 +309,32 @@ class AttentionCall:
         mask: Tensor | None = self.mask
         if mask is not None and mask.ndim == 4:
             return take_rows(mask, span) if mask.shape[2] == queries else mask
-        qpos, kpos = self.qpos[:, None], self.kpos[None, :]
-        rules = []
+        # Where tokens are missing and there is no mask, what is left stands in order.
+        kpos = torch.arange(keys, device=self.k.device)
+        rows = torch.arange(queries, device=self.k.device)[
+            span
+        ]  # (rows,), or (batch, rows) where samples differ
+        qpos = rows[..., None] + (keys - queries)
+        rules = []  # each (rows, keys), (batch, rows, keys) or (batch, 1, keys)
         if mask is not None:
-            rules.append(mask.bool()[:, None, None, :])
+            rules.append(mask.bool()[:, None, :])
         if self.segments is not None:
-            part = torch.bucketize(torch.arange(keys, device=self.k.device), self.segments[1:], right=True)
-            rules.append(part[:, None] == part[None, :])
+            part = torch.bucketize(kpos, self.segments[1:], right=True)
+            rules.append(part[rows][..., None] == part)
         if self.causal and queries > 1:
             rules.append(kpos <= qpos)
         if self.window is not None:
             rules.append(kpos > qpos - self.window)
         if not rules:
             return None
-        merged = rules[0]
-        for rule in rules[1:]:
-            merged = merged & rule
-        merged = merged.view((1,) * (4 - merged.ndim) + merged.shape)
-        return take_rows(merged, span) if merged.shape[2] == queries else merged
+        merged = functools.reduce(torch.logical_and, rules)
+        return merged[None, None] if merged.ndim == 2 else merged[:, None]
 
     def add_bias(self, term: Tensor) -> None:
         """Add to the scores and stay on the native operator: the term becomes part of its mask."""
-        batch, heads, queries, keys = self.q.shape[0], self.q.shape[1], self.q.shape[2], self.k.shape[2]
+        queries, keys = self.q.shape[2], self.k.shape[2]
         term = term.to(self.q.dtype)
+        term = term.reshape((1,) * (4 - term.ndim) + term.shape)
         self._bias = term if self._bias is None else self._bias + term
         self._weights.clear()
         if self._unbiased is None:
@@ -248,13 +365,15 @@ class AttentionCall:
         queries = self.q.shape[2]
         if isinstance(rows, str):
             return self.pass_.span(rows, self)
-        if isinstance(rows, int):
-            row = rows % queries
-            return slice(row, row + 1)
+        if isinstance(rows, int):  # a row that this call does not have is no row
+            rows = slice(rows, rows + 1 or None) if -queries <= rows < queries else slice(0, 0)
         if isinstance(rows, slice):
-            start, stop, _ = rows.indices(queries)
-            return slice(start, max(start, stop))
+            start, stop, step = rows.indices(queries)
+            if step == 1:
+                return slice(start, max(start, stop))
+            rows = torch.arange(start, stop, step)
         index = rows.to(self.q.device)
+        index = torch.where(index < 0, index + queries, index)
         return index if index.ndim == 2 else index[None].expand(self.q.shape[0], -1)
 
     def _scores(self, span: Span, heads: Any, *, native: bool) -> Tensor:
@@ -272,7 +391,7 @@ class AttentionCall:
                 "ask for fewer rows or heads, or walk over call.chunks(rows)",
             )
         s = (q.reshape(batch, count // groups, groups * rows, dim) @ k.transpose(-1, -2)).reshape(
-            batch, count, rows, -1
+            batch, count, rows, k.shape[2]
         ) * self.scale
         if self.softcap is not None:
             s = torch.tanh(s / self.softcap) * self.softcap
@@ -303,10 +422,10 @@ class AttentionCall:
 
 def take_rows(t: Tensor, span: Span) -> Tensor:
     """Rows (axis 2) of a tensor with four axes; axes of length one stay."""
-    if t.shape[2] == 1:
-        return t
     if isinstance(span, slice):
-        return t[:, :, span]
+        return t[:, :, span] if t.shape[2] != 1 or span.start == span.stop else t
+    if t.shape[2] == 1:
+        return t.expand(-1, -1, span.shape[1], -1)
     t = t.expand(span.shape[0], -1, -1, -1)
     return t.gather(2, span[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
 

@@ -43,6 +43,6 @@ class VersionError(SaccadeError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """"did you mean" for error messages; empty when nothing is near."""
+    """ "did you mean" for error messages; empty when nothing is near."""
     close = get_close_matches(word, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else ""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -14,7 +15,7 @@ KINDS = ("text", "image", "video", "audio", "special", "generated", "pad")
 VISUAL = (KINDS.index("image"), KINDS.index("video"))
 PAD = KINDS.index("pad")
 GENERATED = KINDS.index("generated")
-SEGMENTS = ("all", "first", "visual", "prompt", "before_image", "question")
+SEGMENTS = ("all", "first", "visual", "prompt", "before_image", "question", "after_image")
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,20 @@ class Layout:
     sample: Tensor  # (batch,), row of the caller's batch: beams of one sample share it
     box: Tensor | None = None  # (batch, tokens, 4) x0 y0 x1 y1 in the original picture, NaN for none
     named: bool = True  # False where no ids were given, so that kinds are unknown
+    words: Callable[[str], list[list[int]]] | None = (
+        None  # columns of a word or phrase, by row; None: no words known
+    )
 
     @property
     def shape(self) -> torch.Size:
         return self.kind.shape
 
     def where(self, name: str) -> Tensor:
-        """Tokens of a kind, an item (`image:0`), or a named segment: (batch, tokens), bool.
+        """Tokens of a kind, an item (`image:0`), a word (`word:cat`), or a named segment: (batch, tokens), bool.
 
         `first` is the first real token, `question` what the user said after the last picture of the
-        last turn, `before_image` what stands before the first one.
+        last turn, `before_image` what stands before the first picture, `after_image` everything behind the
+        last one, answers included.
         """
         if not self.named and name not in ("all", "first", "pad", "generated"):
             raise InputError(
@@ -47,13 +52,28 @@ class Layout:
                 "pass input_ids (and pixel_values) and let the model embed them",
             )
         kind, _, item = name.partition(":")
+        if kind == "word":
+            return self._word(item)
         if kind in KINDS:
             mask = self.kind == KINDS.index(kind)
             return mask & (self.item == int(item)) if item else mask
         if name not in SEGMENTS:
             known = (*KINDS, *SEGMENTS)
-            raise InputError(f"No tokens are called {name!r}.", nearest(name, known) or f"use one of {', '.join(known)}")
+            raise InputError(
+                f"No tokens are called {name!r}.", nearest(name, known) or f"use one of {', '.join(known)}"
+            )
         return getattr(self, f"_{name}")
+
+    def _word(self, text: str) -> Tensor:
+        if self.words is None:
+            raise InputError(
+                f"Nobody knows which of these tokens is the word {text!r}.",
+                "give the pipeline a prompt; in a language model record it and ask the recording",
+            )
+        mask = torch.zeros_like(self.kind, dtype=torch.bool)
+        for row, columns in enumerate(self.words(text)):
+            mask[row, columns] = True
+        return mask
 
     @cached_property
     def _all(self) -> Tensor:
@@ -81,9 +101,16 @@ class Layout:
         after = self._visual.flip(1).cumsum(1).flip(1) == 0
         return self._prompt & last_turn & after
 
+    @cached_property
+    def _after_image(self) -> Tensor:
+        visual = self._visual
+        return self._all & ~visual & (visual.flip(1).cumsum(1).flip(1) == 0) & visual.any(1, keepdim=True)
+
     def at(self, index: Tensor) -> Layout:
         """The same rows in another order (beams), or a choice of them."""
-        return Layout(**{f.name: _rows(getattr(self, f.name), index) for f in fields(self)})
+        kind, item, turn, sample = (_rows(t, index) for t in (self.kind, self.item, self.turn, self.sample))
+        box = None if self.box is None else _rows(self.box, index)
+        return Layout(kind, item, turn, sample, box, self.named)
 
     def followed_by(self, other: Layout) -> Layout:
         return Layout(
@@ -97,7 +124,9 @@ class Layout:
 
     def until(self, tokens: int) -> Layout:
         box = None if self.box is None else self.box[:, :tokens]
-        return Layout(self.kind[:, :tokens], self.item[:, :tokens], self.turn[:, :tokens], self.sample, box, self.named)
+        return Layout(
+            self.kind[:, :tokens], self.item[:, :tokens], self.turn[:, :tokens], self.sample, box, self.named
+        )
 
     @property
     def boxes(self) -> Tensor:
@@ -110,7 +139,11 @@ class Layout:
     def of_kind(kind: str, batch: int, tokens: int, device: torch.device, named: bool = True) -> Layout:
         """A space in which every token is alike."""
         shape = (batch, tokens)
-        item = torch.zeros(shape, dtype=torch.long, device=device) if kind in ("image", "video", "audio") else None
+        item = (
+            torch.zeros(shape, dtype=torch.long, device=device)
+            if kind in ("image", "video", "audio")
+            else None
+        )
         return Layout(
             kind=torch.full(shape, KINDS.index(kind), dtype=torch.long, device=device),
             item=torch.full(shape, -1, dtype=torch.long, device=device) if item is None else item,
@@ -120,8 +153,8 @@ class Layout:
         )
 
 
-def _rows(value: object, index: Tensor) -> object:
-    return value.index_select(0, index.to(value.device)) if isinstance(value, Tensor) else value
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    return t.index_select(0, index.to(t.device))
 
 
 def items_of(placeholder: Tensor, counts: list[list[int]], seen: Tensor) -> Tensor:

@@ -5,61 +5,70 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from saccade.core.card import Card
-from saccade.core.errors import OptionError
+from saccade.core.errors import OptionError, nearest
+from saccade.core.system import System, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
+    from saccade.core.branch import Branch
+    from saccade.core.cache import TrackedLayer
     from saccade.core.call import AttentionCall
-    from saccade.core.passes import Run
+    from saccade.core.features import Item
+    from saccade.core.passes import Denoising, HiddenCall, Pass, Run
     from saccade.core.session import Session
     from saccade.core.site import Site
+    from saccade.core.tokens import Tokens, TokensCall
 
 # In the order in which they run inside one attention call.
 CALL_EVENTS = ("inputs", "bias", "scores", "weights", "replace", "output", "observe")
-EVENTS = (*CALL_EVENTS, "hidden")
+SITE_EVENTS = ("context", "skip", "tokens", *CALL_EVENTS, "evict", "hidden")
+SAMPLING_EVENTS = ("enter", "denoise", "step")  # of a pipeline of diffusers
+RUN_EVENTS = ("features", "branches", "prediction", *SAMPLING_EVENTS)
+EVENTS = (*SITE_EVENTS, *RUN_EVENTS)
+PHASES = ("prefill", "extend", "decode", "denoise")
 
 Sites = str | tuple[str, ...] | Mapping[str, "str | tuple[str, ...]"]
 
 
-def option(
-    default: Any,
-    doc: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[Any, ...] | None = None,
-) -> Any:
-    """A documented option of a method, checked when the method is made."""
-    return dataclasses.field(
-        default=default, metadata={"doc": doc, "low": low, "high": high, "choices": choices}
-    )
-
-
-@dataclass(eq=False)
-class Method:
+@dataclass(eq=False, kw_only=True)
+class Method(System):
     """Options only: what lives for a generation is in `run.state`, what lives for a conversation in
     `call.state`. One instance may serve many sessions and threads.
 
     `sites` is a pattern, several of them, or one per event. `rows` and `heads` narrow `scores` and
-    `weights`; `phases` narrows every event of a call.
+    `weights`; `batch` and `phases` narrow every event of a call.
     """
-
-    card: ClassVar[Card]
 
     sites: Sites = option("*.self", "where: a pattern of sites, or one for each event")
     rows: str | int = option("all", "query rows that scores and weights see: all, last, question, generated")
     heads: tuple[int, ...] | None = option(None, "heads that scores and weights see; None for all")
-    phases: tuple[str, ...] = option(("prefill", "extend", "decode"), "passes in which the method acts")
+    batch: str = option(
+        "all", "rows of the batch that the events of a call see: all; in sampling cond, uncond"
+    )
+    phases: tuple[str, ...] = option(PHASES, "passes in which the method acts")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            check_option(type(self), field, getattr(self, field.name))
+        super().__post_init__()
+        if taken := {field.name for field in dataclasses.fields(self)} & set(EVENTS):
+            raise OptionError(
+                f"{type(self).__name__} has an option called like the event {', '.join(sorted(taken))}.",
+                "give the option another name",
+            )
+        for name, given, known in (
+            ("phases", self.phases, PHASES),
+            ("sites", self.sites if isinstance(self.sites, Mapping) else (), EVENTS),
+        ):
+            for word in given:
+                if word not in known:
+                    raise OptionError(
+                        f"{type(self).__name__}({name}={given!r}): there is no {word!r}.",
+                        nearest(word, known) or f"use some of {', '.join(known)}",
+                    )
 
     def calibrate(self, session: Session, samples: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Measure what the method needs to know of a model; the session saves it under the method's name."""
@@ -70,6 +79,43 @@ class Method:
 
     def end(self, run: Run) -> Any:
         """After it. What is returned is kept in `session.results[slug]`."""
+
+    def features(self, item: Item) -> Tokens | None:
+        """Which features of a picture go to the text tower, and what stands for them."""
+        return None
+
+    def branches(self, run: Run) -> Iterable[Branch]:
+        """Other prompts that are followed beside this one, in the same steps."""
+        return ()
+
+    def prediction(self, base: Tensor, branches: list[Tensor], p: Pass) -> Tensor:
+        """Logits of the next token (batch, vocabulary), from this prompt's and the branches'. In sampling the
+        guided noise that the scheduler is given, beside `p.raw`, the denoiser's predictions by name."""
+        return base
+
+    def enter(self, p: Denoising, inputs: dict[str, Any]) -> dict[str, Any] | None:
+        """The denoiser's own arguments, by name. `p.narrow(inputs, "cond")` leaves rows out."""
+        return inputs
+
+    def denoise(self, latents: Tensor, p: Denoising, predict: Callable[..., Tensor]) -> Tensor:
+        """Latents before a step, the first too; `predict(latents, rows="cond")` is differentiable."""
+        return latents
+
+    def step(self, latents: Tensor, p: Denoising) -> Tensor:
+        """Latents after a step, the last too."""
+        return latents
+
+    def context(self, site: Site, states: Tensor) -> Tensor:
+        """What an attention module of a denoiser is given beside the stream, before keys and values."""
+        return states
+
+    def skip(self, site: Site, p: Pass) -> Tensor | None:
+        """The output of an attention module in place of running it."""
+        return None
+
+    def tokens(self, call: TokensCall) -> Tokens | None:
+        """Which tokens go into a layer, and stay from there on."""
+        return None
 
     def inputs(self, call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Change queries, keys and values of this call."""
@@ -98,8 +144,13 @@ class Method:
     def observe(self, call: AttentionCall) -> None:
         """Read, after all edits."""
 
-    def hidden(self, site: Site, h: Tensor) -> Tensor:
-        """Change hidden states (batch, tokens, width) at a layer, mlp, neurons or embed site."""
+    def evict(self, call: AttentionCall, cache: TrackedLayer) -> Tensor | None:
+        """Which entries of the layer's cache stay: slots (slots,), (batch, slots) or (batch, key heads, slots),
+        -1 for an empty one."""
+        return None
+
+    def hidden(self, call: HiddenCall, h: Tensor) -> Tensor:
+        """Change hidden states (batch, tokens, width) at a layer, input, mlp, neurons or embed site."""
         return h
 
     def sites_of(self, event: str) -> tuple[str, ...]:
@@ -111,19 +162,3 @@ class Method:
     def events(cls) -> tuple[str, ...]:
         """The events that the class overrides: what a method overrides is what it costs."""
         return tuple(e for e in EVENTS if getattr(cls, e) is not getattr(Method, e))
-
-
-def check_option(owner: type, field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value outside of what the option's declaration allows."""
-    low, high, choices = (field.metadata.get(key) for key in ("low", "high", "choices"))
-    name = f"{owner.__name__}({field.name}={value!r})"
-    doc = field.metadata.get("doc", "")
-    if choices is not None and value not in choices:
-        raise OptionError(f"{name}: not one of {', '.join(map(repr, choices))}.", f"{field.name}: {doc}")
-    if low is None and high is None:
-        return
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise OptionError(f"{name}: a number is wanted.", f"{field.name}: {doc}")
-    if (low is not None and not value >= low) or (high is not None and not value <= high):
-        limits = f"at least {low}" if high is None else f"at most {high}" if low is None else f"{low} to {high}"
-        raise OptionError(f"{name}: out of range, {limits} is allowed.", f"{field.name}: {doc}")

@@ -4,22 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from saccade.core.errors import AttachError
-from saccade.core.method import Method
+from saccade.core import branch, calibration
+from saccade.core.driver import Driver, refusal
+from saccade.core.errors import AttachError, InputError
+from saccade.core.features import choose, refuse_unnamed
+from saccade.core.method import SAMPLING_EVENTS, Method
 from saccade.core.passes import Pass, Run
-from saccade.core.plan import Plan, make_plans, merge
-from saccade.core.seams import hidden, sdpa, softmax
+from saccade.core.plan import Plan, make_plans, merge, reducing
+from saccade.core.seams import hidden, sdpa, softmax, tokens, unembed
 from saccade.core.seams.plain import PlainHost, restore
-from saccade.core.seams.wrap import wrap
+from saccade.core.seams.wrap import wrap, wrap_call
 from saccade.core.site import Site
 from saccade.core.state import Sequence
+
+if TYPE_CHECKING:
+    from saccade.core.boxes import Located
+    from saccade.core.question import Answer, Question
+    from saccade.core.system import System
+
+
+# What a card may ask for, and where to find it.
+NEEDS = {
+    "image": "use a vision-language model whose pictures become tokens of the text, such as LLaVA or Qwen-VL",
+    "sampling": "attach to a pipeline of diffusers, not to its denoiser",
+    "first_token": "use a model with a causal text tower",
+}
 
 
 def attach(model: nn.Module, *methods: Method | Iterable[Method]) -> Session:
@@ -30,7 +50,7 @@ def attach(model: nn.Module, *methods: Method | Iterable[Method]) -> Session:
     """
     flat: list[Method] = []
     for method in methods:
-        flat.extend([method] if isinstance(method, Method) else method)
+        flat.extend(method if isinstance(method, list | tuple) else [method])  # type: ignore[list-item]
     return Session(model, tuple(flat))
 
 
@@ -40,14 +60,13 @@ class Session:
     def __init__(self, model: nn.Module, methods: tuple[Method, ...]) -> None:
         for method in methods:
             if not isinstance(method, Method):
-                raise AttachError(
-                    f"{method!r} is no method.", "attach instances, such as sc.VAR() or sc.load('var')"
-                )
-        self.model = getattr(model, "_orig_mod", model)
+                raise refusal(method)
+        self.model = unwrapped(model)
         self.methods = methods
         self.results: dict[str, Any] = {}  # what the methods' `end` returned in the last run, by slug
-        self._runtime = Runtime.of(self.model)
-        self._runtime.add(self)
+        with Runtime._lock:
+            self._runtime = Runtime.of(self.model)
+            self._runtime.add(self)
 
     @property
     def sites(self) -> list[Site]:
@@ -57,6 +76,41 @@ class Session:
     def plans(self) -> Mapping[Site, Plan]:
         """What this session does, by site."""
         return self._runtime.own_plans[self]
+
+    def locate(self, processor: Any, images: SequenceOf[Any]) -> None:
+        """Say which pictures the coming runs are given, as the processor is given them: a list, or a list
+        for every sample. Layouts then know the box of every visual token, and which picture it shows.
+        An empty list ends it."""
+        from saccade.core.boxes import locate
+
+        self._runtime.located = locate(self.model, processor, images) if images else None
+
+    def forward(
+        self, inputs: Mapping[str, Any], methods: Iterable[Method] = (), *, grad: bool = False
+    ) -> Any:
+        """One forward with these methods alone, none unless given."""
+        return self._runtime.extra_pass(inputs, tuple(methods), grad)
+
+    def run(self, driver: Driver, question: Question) -> Answer:
+        """Let a driver answer a question. The methods of this session act in the answers that it asks for."""
+        check_needs(driver, self._runtime.host)
+        driver.check(question)
+        located, start = self._runtime.located, time.perf_counter()
+        try:
+            answer = driver.run(self, question)
+        finally:
+            self._runtime.located = located
+        answer.seconds = time.perf_counter() - start
+        return answer
+
+    def unembed(self, h: Tensor, norm: bool = True) -> Tensor:
+        """Logits that the model's own head gives to hidden states (..., width), as if a last layer had made
+        them; without the final norm where it is not wanted."""
+        return self._runtime.unembed(h, norm)
+
+    def calibrate(self, method: Method, samples: Iterable[Mapping[str, Any]]) -> Path:
+        """Let the method measure this model, and keep the result where the method will find it."""
+        return calibration.save(method.card.slug, self.model, method.calibrate(self, samples))
 
     def detach(self) -> None:
         """Take the methods off. The model is then as it was, to the bit."""
@@ -77,7 +131,8 @@ class Session:
         for method in self.methods:
             lines.append(f"  {method}")
             for event in type(method).events():
-                names = [s.name for s, plan in self.plans.items() if method in getattr(plan, event)]
+                plans = ((s.name, self.plans.get(s)) for s in self.sites)
+                names = [name for name, plan in plans if plan and method in getattr(plan, event, ())]
                 if names:
                     lines.append(f"    {event:8} {len(names):3} sites  {names[0]} .. {names[-1]}")
         return "\n".join(lines)
@@ -92,7 +147,7 @@ class Session:
 class Runtime:
     """One for each model with something attached. Passes live on a stack of the thread."""
 
-    _of: dict[int, Runtime] = {}  # by id: the runtime holds its model while something is attached
+    _of: ClassVar[dict[int, Runtime]] = {}  # by id: the runtime holds its model while something is attached
     _lock = threading.RLock()
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,10 +158,12 @@ class Runtime:
         self.methods: tuple[Method, ...] = ()
         self.plans: dict[Site, Plan] = {}
         self.last_pass: Pass | None = None
-        self._paused: set[Session] = set()
+        self.located: Located | None = None  # the pictures of the coming runs
+        self._head: unembed.Head | None = None
+        self._paused: list[Session] = []  # once for every `paused()` that a session is in
         self._local = threading.local()
         self._undo: list[Callable[[], None]] = []
-        self._installed: dict[Site, Callable[[], None]] = {}
+        self._installed: dict[tuple[Any, str], Callable[[], None]] = {}  # by site and what stands there
 
     @classmethod
     def of(cls, model: nn.Module) -> Runtime:
@@ -117,6 +174,9 @@ class Runtime:
 
     def add(self, session: Session) -> None:
         with self._lock:
+            for method in session.methods:
+                check_needs(method, self.host)
+                check_events(method, self.host)
             plans = make_plans(session.methods, self.host.sites)
             taken = {id(m) for other in self.sessions for m in other.methods}
             again = next((m for m in session.methods if id(m) in taken), None)
@@ -141,45 +201,76 @@ class Runtime:
             if session in self.sessions:
                 self.sessions.remove(session)
             self.own_plans.pop(session, None)
-            self._paused.discard(session)
+            self._paused = [s for s in self._paused if s is not session]
             self._replan()
             if not self.sessions:
                 self._uninstall()
-                self._of.pop(id(self.model), None)
+                if self._of.get(id(self.model)) is self:
+                    del self._of[id(self.model)]
 
     def pause(self, session: Session, paused: bool) -> None:
         with self._lock:
-            (self._paused.add if paused else self._paused.discard)(session)
+            if paused:
+                self._paused.append(session)
+            elif session in self._paused:
+                self._paused.remove(session)
             self._replan()
 
     def _replan(self) -> None:
         active = [s for s in self.sessions if s not in self._paused]
         self.methods = tuple(m for s in active for m in s.methods)
         self.plans = merge([self.own_plans[s] for s in active])
-        self.ensure(self.plans)
-        wanted = {site for plans in self.own_plans.values() for site in plans}
-        for site in [s for s in self._installed if s not in wanted]:
-            self._installed.pop(site)()
+        tracked = any(tracks(s.methods) for s in self.sessions)
+        wanted = merge([*self.own_plans.values()])
+        self.ensure(wanted, tracked)
+        for key in [k for k in self._installed if k not in places(wanted, self.host, tracked)]:
+            self._installed.pop(key)()
 
-    def ensure(self, sites: Iterable[Site]) -> None:
-        """Stand at these sites, where we do not yet."""
-        for site in sites:
-            if site not in self._installed:
-                self._installed[site] = installer(site)(site, self)
+    def ensure(self, plans: Mapping[Site, Plan], tracked: bool) -> None:
+        """Stand where these plans act, and where tokens may be missing."""
+        for key, install in places(plans, self.host, tracked).items():
+            if key in self._installed:
+                continue
+            site, what = key
+            if what == "rotary":
+                self._installed[key] = install(site, self)
+                continue
+            for other in self._of.values():
+                if other is not self and any(
+                    getattr(theirs, "module", None) is site.module for theirs, _ in other._installed
+                ):
+                    raise AttachError(
+                        f"{site.name} ({site.path or 'the model itself'}) is attached already, through another "
+                        "object that contains it.",
+                        "attach to the same object, or detach the other session first",
+                    )
+            self._installed[key] = install(site, self)
 
     def _install(self) -> None:
         host = self.host
+        if host.samples:
+            self._undo.append(wrap_call(self.model, functools.partial(host.sample, self)))
+            return
         self._undo.append(wrap(self.model, "forward", self._forward))
         for tower, root in host.roots().items():
-            self._undo.append(wrap(root, "forward", functools.partial(self._tower, tower)))
+            names = tuple(inspect.signature(root.forward).parameters)
+            self._undo.append(wrap(root, "forward", functools.partial(self._tower, tower, names)))
         for obj, name, what in host.wraps():
-            around = self._generate if what == "generate" else functools.partial(self._features, what)
-            self._undo.append(wrap(obj, name, around))
+            if what == "generate":
+                self._undo.append(wrap(obj, name, self._generate))
+            elif what == "forward":  # a part that people call by itself
+                names = tuple(inspect.signature(getattr(obj, name)).parameters)
+                self._undo.append(wrap(obj, name, functools.partial(self._tower, host.main_tower, names)))
+            elif what == "deepstack":
+                self._undo.append(wrap(obj, name, functools.partial(tokens.deepstack, self)))
+            else:
+                self._undo.append(wrap(obj, name, functools.partial(self._features, what)))
 
     def _uninstall(self) -> None:
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        self.last_pass = None
 
     # ---- passes --------------------------------------------------------------------------------------
 
@@ -195,41 +286,70 @@ class Runtime:
         passes = self._passes
         if passes:
             return passes[-1]
-        if torch._C._current_graph_task_id() != -1 and self.last_pass is not None:
+        if self.recomputing and self.last_pass is not None:
             return self.last_pass
+        if self.host.samples:  # a denoiser that is called outside of its pipeline is left alone
+            return Pass(Run(self, {}, (), {}), Sequence(self.host.vocabulary), "prefill", {})
         return self._pass(Run(self, {}, self.methods, self.plans), {}, None)
 
+    @property
+    def recomputing(self) -> bool:
+        """Gradient checkpointing runs a layer for the second time."""
+        return not self._passes and torch._C._current_graph_task_id() != -1
+
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        inputs = self.host.bind(args, kwargs)
         self.host.check()
-        cache = self.host.cache(inputs)
-        sequence = self.host.sequence_of(cache)
-        with self._run(inputs, sequence) as run:
-            pass_ = self._pass(run, inputs, sequence)
-            length = pass_.sequence.length - pass_.tokens
+        return self._main_pass(self.host.bind(args, kwargs), forward, args, kwargs)
+
+    def _main_pass(
+        self,
+        inputs: dict[str, Any],
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        with self._run(inputs, self.host.sequence_of(self.host.cache(inputs))) as run:
+            if run.tracked:
+                inputs = self.host.track_inputs(inputs)
+                args, kwargs = (), inputs
+            cache = self.host.cache(inputs)
+            pass_ = self._pass(run, inputs, self.host.sequence_of(cache))
+            pass_.tracked = run.tracked and cache is not None
+            refuse_unnamed(run)
+            pass_.sequence.run = None if run.generating else run
+            run.last, run.cache = pass_, cache
             if cache is not None:
-                self.host.follow(cache, pass_.sequence)
+                self.host.follow(cache, pass_.sequence, run.branches)
             try:
-                with self._push(pass_):
-                    out = forward(*args, **kwargs)
-            except BaseException:
-                pass_.sequence.crop(length)
+                with self.push(pass_), self.host.attended(cache, pass_.tracked):
+                    out = branch.step(run, pass_, forward, args, kwargs)
+            except BaseException as error:
+                pass_.sequence.crop(pass_.start)
+                if pass_.removals and type(error) is RuntimeError:
+                    raise InputError(
+                        f"Tokens left {' and '.join(pass_.removals)}, and a later part does not take fewer: {error}",
+                        "let none leave there: narrow it with sites=, or choose among the features behind the tower",
+                    ) from error
                 raise
             made = self.host.cache_of_output(out)
             if made is not None and made is not cache:
                 self.host.follow(made, pass_.sequence)
             return out
 
-    def _tower(self, tower: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _tower(
+        self, tower: str, names: tuple[str, ...], forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """A tower that is called by itself, or before the model's forward, is a pass too."""
-        inputs = {**{f"args{i}": a for i, a in enumerate(args)}, **kwargs}
+        inputs = {**dict(zip(names, args)), **kwargs}
         if self._passes:
             self._passes[-1].tower_inputs[tower] = inputs
             return forward(*args, **kwargs)
+        if tower == self.host.main_tower:
+            return self._main_pass(inputs, forward, args, kwargs)
         with self._run(inputs, None) as run:
             pass_ = Pass(run, Sequence(self.host.vocabulary), "prefill", inputs)
             pass_.tower_inputs[tower] = inputs
-            with self._push(pass_):
+            with self.push(pass_):
                 return forward(*args, **kwargs)
 
     def _pass(self, run: Run, inputs: Mapping[str, Any], sequence: Sequence | None) -> Pass:
@@ -237,14 +357,23 @@ class Runtime:
         run.step += 1
         sequence = sequence or Sequence(host.vocabulary)
         ids, shape = host.ids(inputs)
+        cache = host.cache(inputs)
+        inputs = {
+            name: value for name, value in inputs.items() if value is not cache
+        }  # a pass may outlive it
         if shape is None:
             return Pass(run, sequence, "prefill", inputs)
         rows, tokens = shape
         device = next(v.device for v in inputs.values() if isinstance(v, Tensor))
-        cache = host.cache(inputs)
-        past = host.cached_tokens(cache) if cache is not None else 0
+        past = host.cached_tokens(cache) - run.moved if cache is not None else 0
         if sequence.length < past:
-            sequence.unknown(run.past_ids(sequence.length, past, rows), (rows, past - sequence.length), device)
+            sequence.unknown(
+                run.past_ids(sequence.length, past, rows), (rows, past - sequence.length), device
+            )
+        sequence.crop(past)
+        run.sequence = sequence
+        if ids is None:  # only embeddings came here, but a prompt with ids was given further up
+            ids = run.past_ids(past, past + tokens, rows)
         phase = run.phase(past, tokens)
         run.start = past if run.start is None else run.start
         mask = host.mask(inputs, past + tokens)
@@ -256,9 +385,10 @@ class Runtime:
         return pass_
 
     @contextlib.contextmanager
-    def _push(self, pass_: Pass) -> Iterator[None]:
+    def push(self, pass_: Pass) -> Iterator[None]:
         self._passes.append(pass_)
-        self.last_pass = pass_
+        if torch.is_grad_enabled():
+            self.last_pass = pass_
         try:
             yield
         finally:
@@ -274,8 +404,10 @@ class Runtime:
             return
         run = sequence.run if sequence is not None else None
         if run is None or run.methods is not self.methods:
-            run = Run(self, self.host.prompt(inputs), self.methods, self.plans)
+            run = Run(self, self.host.prompt(inputs), self.methods, self.plans, tracked=tracks(self.methods))
             run.begin()
+        else:
+            run.go_on(self.host.prompt(inputs))
         self._local.run = run
         try:
             yield run
@@ -283,54 +415,216 @@ class Runtime:
             self._local.run = None
         self._report(run)
 
+    @contextlib.contextmanager
+    def sampling(self, run: Run) -> Iterator[None]:
+        """One sampling of a pipeline is one run."""
+        outer = self._passes, self._local.run
+        run.begin()
+        self._local.passes, self._local.run = [], run
+        try:
+            yield
+        finally:
+            self._local.passes, self._local.run = outer
+        self._report(run)
+
+    def plan(self, methods: tuple[Method, ...], tracked: bool = False) -> dict[Site, Plan]:
+        """What the methods of a side pass do; all that they need stands."""
+        plans = merge([make_plans(methods, self.host.sites)])
+        with self._lock:
+            self.ensure(plans, tracked)
+        return plans
+
+    def rediscover(self) -> None:
+        """The host has found other sites: plan anew."""
+        with self._lock:
+            self.own_plans = {s: make_plans(s.methods, self.host.sites) for s in self.sessions}
+            self._replan()
+
     def _report(self, run: Run) -> None:
         results = run.end()
         for session in self.sessions:
-            session.results.update({k: v for k, (m, v) in results.items() if m in session.methods})
+            mine = {id(m) for m in session.methods}
+            session.results.update({name: result for name, method, result in results if id(method) in mine})
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """What this thread runs meanwhile runs without methods, and leaves no trace in the running pass."""
+        outer = self._passes, self._local.run
+        run = Run(self, {}, (), {})
+        self._local.passes, self._local.run = [Pass(run, Sequence(self.host.vocabulary), "prefill", {})], run
+        try:
+            yield
+        finally:
+            self._local.passes, self._local.run = outer
 
     # ---- the library's methods -----------------------------------------------------------------------
 
     def _generate(self, generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One `generate()` is one run. A generation inside another is a run of its own."""
+        self.host.check()
         given = {**({"inputs": args[0]} if args else {}), **kwargs}
-        outer = self._local.run if self._passes is not None else None
-        run = Run(self, self.host.prompt(given), self.methods, self.plans, generating=True)
+        outer = self._passes, self._local.run
+        run = Run(
+            self,
+            self.host.prompt(given),
+            self.methods,
+            self.plans,
+            generating=True,
+            tracked=tracks(self.methods),
+        )
+        branch.refuse_unverified(run, given)
+        cache = self.host.cache(given)
+        run.start = 0 if cache is None else self.host.cached_tokens(cache)
         run.begin()
-        self._local.run = run
+        self._local.passes, self._local.run = [], run
         try:
             out = generate(*args, **kwargs)
         finally:
-            self._local.run = outer
+            self._local.passes, self._local.run = outer
+            branch.close(run)
+        answer = run.answer = getattr(out, "sequences", out)
         self._report(run)
+        sequence = run.sequence
+        if sequence is not None and isinstance(answer, Tensor):
+            sequence.unfed = answer[:, sequence.length :] if answer.shape[0] == sequence.rows else None
         return out
 
     def _features(self, kind: str, features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = features(*args, **kwargs)
         run = self._local.run if self._passes is not None else None
-        if run is not None:
-            run.features.setdefault(kind, []).extend(self.host.counts(out))
-            if self._passes and self._passes[-1].tokens:
-                run.place_items(self._passes[-1])
-        return out
+        if run is None:
+            return out
+        parts = self.host.unpack(out)
+        run.features.setdefault(kind, []).extend(part.shape[-2] if part.ndim > 1 else 1 for part in parts)
+        if self._passes and self._passes[-1].tokens:
+            run.place_items(self._passes[-1])
+        choosing = [m for m in run.methods if "features" in type(m).events()]
+        if not choosing:
+            return out
+        given = {**dict(zip(inspect.signature(features).parameters, args)), **kwargs}
+        return self.host.pack(out, choose(kind, parts, choosing, given, run))
 
-    def extra_pass(self, inputs: Mapping[str, Any], methods: tuple[Method, ...], grad: bool) -> Any:
+    def extra_pass(
+        self, inputs: Mapping[str, Any], methods: tuple[Method, ...], grad: bool, last_only: bool = False
+    ) -> Any:
         """A forward beside the running one, with methods of its own."""
-        plans = merge([make_plans(methods, self.host.sites)])
-        with self._lock:
-            self.ensure(plans)
-        outer = self._local.run if self._passes is not None else None
-        run = Run(self, self.host.prompt(inputs), methods, plans)
+        if not self.sessions:
+            raise AttachError("The session is detached.", "run forwards while it is attached")
+        with torch.set_grad_enabled(grad):
+            return self.side_pass(self.host.extra(inputs, last_only), methods)[0]
+
+    def unembed(self, h: Tensor, norm: bool) -> Tensor:
+        if self._head is None:
+            self._head = unembed.find(self.host, lambda i: self.side_pass(self.host.extra(i, False), ())[0])
+        return self._head(h, norm=norm)
+
+    def side_pass(
+        self,
+        inputs: dict[str, Any],
+        methods: tuple[Method, ...],
+        *,
+        tracked: bool = False,
+        run: Run | None = None,
+        reductions: tuple[Method, ...] | None = None,
+    ) -> tuple[Any, Run]:
+        """A forward with methods of its own, as a new run or as one that goes on. For a branch, with the
+        session's `reductions`, which do there nothing but reduce."""
+        tracked = tracked or tracks(methods)
+        begins = run is None
+        if run is None:
+            plans = self.plan(methods, tracked)
+            if reductions is not None:
+                plans = merge([reducing(make_plans(reductions, self.host.sites)), plans])
+                methods = (*reductions, *methods)
+            run = Run(
+                self,
+                self.host.prompt(inputs),
+                methods,
+                plans,
+                tracked=tracked,
+                follows=reductions is not None,
+            )
+        outer = self._passes, self._local.run
         saved = self.host.transient()
-        self._local.run = run
+        self._local.passes, self._local.run = [], run
         try:
-            with torch.set_grad_enabled(grad):
+            if begins:
                 run.begin()
-                out = self.model(**inputs)
+            out = self.host.call(inputs, run)
+            if begins:
                 run.end()
-                return out
+            return out, run
         finally:
             restore(saved)
-            self._local.run = outer
+            self._local.passes, self._local.run = outer
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside of what compiles it, or puts adapters into it."""
+    model = getattr(model, "_orig_mod", model)
+    base = getattr(model, "get_base_model", None)
+    return base() if callable(base) else model
+
+
+def check_needs(method: System, host: PlainHost) -> None:
+    card = getattr(method, "card", None)
+    for need in card.needs if card else ():
+        lack = host.lack(need)
+        if lack:
+            raise AttachError(
+                f"{type(method).__name__} cannot serve {type(host.model).__name__}: {lack}.", NEEDS[need]
+            )
+
+
+def check_events(method: Method, host: PlainHost) -> None:
+    if "branches" in type(method).events() and (lack := host.lack("branches")):
+        raise AttachError(
+            f"{type(method).__name__} follows branches, which {type(host.model).__name__} cannot: {lack}.",
+            "use a decoder that reads all it is given as one sequence",
+        )
+    if "features" in type(method).events() and (lack := host.lack("features")):
+        raise AttachError(
+            f"{type(method).__name__} chooses among features, which {type(host.model).__name__} does not give: {lack}.",
+            NEEDS["image"],
+        )
+    wanted = [event for event in SAMPLING_EVENTS if event in type(method).events()]
+    if wanted and not host.samples:
+        raise AttachError(
+            f"{type(method).__name__} needs {wanted[0]!r}: {type(host.model).__name__} takes no denoising steps.",
+            "attach to a pipeline of diffusers, not to its denoiser",
+        )
+
+
+TRACKING = {"features", "tokens", "evict", "branches"}  # tokens go missing, or rows come
+
+
+def tracks(methods: Iterable[Method]) -> bool:
+    return any(TRACKING & set(type(method).events()) for method in methods)
+
+
+def places(
+    plans: Mapping[Site, Plan], host: PlainHost, tracked: bool
+) -> dict[tuple[Any, str], Callable[[Any, Runtime], Callable[[], None]]]:
+    """What has to stand where, for these plans."""
+    found: dict[tuple[Any, str], Callable[[Any, Runtime], Callable[[], None]]] = {}
+    for site, plan in plans.items():
+        if site.seam != "module":
+            found[site, "attention"] = installer(site)
+        if plan.hidden:
+            found[site, "hidden"] = hidden.install
+        if plan.context or plan.skip:
+            found[site, "module"] = sdpa.install_module
+    towers = {site.tower for site, plan in plans.items() if plan.tokens}
+    if tracked and not host.samples:
+        towers.add(host.main_tower)
+        for module in host.rotaries():
+            found[module, "rotary"] = tokens.install_rotary
+    for site in host.sites:
+        if site.tower in towers and site.kind == "layer":
+            found[site, "tokens"] = tokens.install
+        elif site.tower in towers and site.seam != "module":
+            found[site, "attention"] = installer(site)
+    return found
 
 
 def installer(site: Site) -> Callable[[Site, Runtime], Callable[[], None]]:
@@ -338,14 +632,25 @@ def installer(site: Site) -> Callable[[Site, Runtime], Callable[[], None]]:
         from saccade.core.seams import transformers
 
         return transformers.install
-    return {"sdpa": sdpa.install, "softmax": softmax.install, "module": hidden.install}[site.seam]
+    return {"sdpa": sdpa.install, "softmax": softmax.install}[site.seam]
+
+
+def is_pipeline(model: Any) -> bool:
+    """Told without importing diffusers."""
+    names = [(base.__module__.partition(".")[0], base.__name__) for base in type(model).__mro__]
+    return ("diffusers", "DiffusionPipeline") in names
 
 
 def host_of(model: Any) -> PlainHost:
     """What knows this kind of model."""
+    if is_pipeline(model):
+        from saccade.core.seams.diffusers import PipelineHost
+
+        return PipelineHost(model)
     if not isinstance(model, nn.Module):
         raise AttachError(
-            f"A {type(model).__name__} is no torch module.", "pass the model itself, such as a PreTrainedModel"
+            f"A {type(model).__name__} is no torch module.",
+            "pass the model itself, such as a PreTrainedModel",
         )
     from transformers import PreTrainedModel
 

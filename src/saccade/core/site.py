@@ -29,15 +29,24 @@ class Site:
     module: nn.Module
     tower: str
     index: int | None  # None for towers whose places are not one numbered stack (a UNet)
-    kind: str  # self, cross, joint; layer, mlp, neurons, embed
+    kind: str  # self, cross, joint; layer, input, mlp, neurons, embed
     seam: Seam
     depth: int
+
+    @property
+    def layer(self) -> int:
+        """Number of the layer, where there is one."""
+        if self.index is None:
+            raise AttachError(
+                f"{self.name} stands in no numbered layer.", "narrow with sites= to numbered ones"
+            )
+        return self.index
 
     def __repr__(self) -> str:
         return f"Site({self.name} <- {self.path or 'the model itself'} [{self.seam}])"
 
 
-_INDEX = re.compile(r"-?\d+|(-?\d+%?)?:(-?\d+%?)?|\d+%")
+_INDEX = re.compile(r"-?\d+%?|(-?\d+%?)?:(-?\d+%?)?")
 
 
 def match(patterns: str | Iterable[str], sites: Sequence[Site]) -> list[Site]:
@@ -47,7 +56,9 @@ def match(patterns: str | Iterable[str], sites: Sequence[Site]) -> list[Site]:
     `text.-2.self`, `text.25%:75%.self`. Several are joined by `|`. A pattern that names nothing is
     an error: a method that silently acts nowhere helps nobody.
     """
-    wanted = [p for pattern in ([patterns] if isinstance(patterns, str) else patterns) for p in pattern.split("|")]
+    wanted = [
+        p for pattern in ([patterns] if isinstance(patterns, str) else patterns) for p in pattern.split("|")
+    ]
     found: set[str] = set()
     for pattern in wanted:
         names = _named(pattern, sites)
@@ -89,9 +100,7 @@ def layers(span: str | int, depth: int) -> range:
 
 
 def _layer(text: str, depth: int) -> int:
-    if text.endswith("%"):
-        return round(int(text[:-1]) / 100 * depth)
-    number = int(text)
+    number = round(int(text[:-1]) / 100 * depth) if text.endswith("%") else int(text)
     return number + depth if number < 0 else number
 
 
@@ -100,4 +109,7 @@ def _brief(names: list[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
-    return ", ".join(g[0] if len(g) == 1 else f"{key} ({len(g)})" for key, g in groups.items()) or "no sites at all"
+    return (
+        ", ".join(g[0] if len(g) == 1 else f"{key} ({len(g)})" for key, g in groups.items())
+        or "no sites at all"
+    )

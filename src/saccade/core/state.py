@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saccade.core.errors import InputError
 from saccade.core.layout import GENERATED, KINDS, PAD, Layout, items_of
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Sequence:
         self._ids: list[Tensor] = []  # (rows, tokens) each
         self._named = True
         self.run: Run | None = None  # the forward that stands alone and began it
+        self.unfed: Tensor | None = None  # generated last and not yet cached: the next turn begins with it
         self._chunks: list[Chunk] = []
         self._padding: Tensor | None = None  # (rows, columns so far), True for padding
         self._counts: dict[str, list[list[int]]] = {}  # by kind and row: tokens of every item
@@ -62,13 +65,39 @@ class Sequence:
     def state_of(self, method: Method) -> dict[str, Any]:
         return self._states.setdefault(id(method), (method, {}))[1]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sequence:
+        """For a copied cache: rows and states of its own, the same methods."""
+        new = copy.copy(self)
+        new._ids, new._chunks = list(self._ids), list(self._chunks)
+        new._counts, new._boxes = dict(self._counts), dict(self._boxes)
+        new._states = {
+            key: (method, copy.deepcopy(state, memo)) for key, (method, state) in self._states.items()
+        }
+        return new
+
     # ---- growing -------------------------------------------------------------------------------------
 
     def extend(
-        self, ids: Tensor | None, shape: tuple[int, int], device: torch.device, *, generated: bool, samples: int
+        self,
+        ids: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        *,
+        generated: bool,
+        samples: int,
     ) -> None:
         """Tokens of a pass. Without ids (inputs_embeds) they are known by number only."""
         rows, tokens = shape
+        answered, self.unfed = self.unfed, None
+        if not generated and ids is not None and answered is not None:
+            count = answered.shape[1]
+            if 0 < count <= tokens and torch.equal(ids[:, :count], answered.to(ids)):
+                self.extend(answered.to(ids), (rows, count), device, generated=True, samples=samples)
+                if count < tokens:
+                    self.extend(
+                        ids[:, count:], (rows, tokens - count), device, generated=False, samples=samples
+                    )
+                return
         if self._chunks and self._chunks[-1].generated and not generated:
             self.turn += 1
         if self.sample is None:
@@ -94,8 +123,9 @@ class Sequence:
         """Features that came with this turn, by row."""
         old = self._counts.setdefault(kind, [[] for _ in counts])
         self._counts[kind] = [a + b for a, b in zip(old, counts, strict=True)]
-        if boxes is not None:
-            before = self._boxes.get(kind, [b[:0] for b in boxes])
+        if boxes is not None or kind in self._boxes:
+            before = self._boxes.get(kind) or _unknown(old)
+            boxes = boxes or _unknown(counts)
             self._boxes[kind] = [torch.cat([a, b.to(a.device)]) for a, b in zip(before, boxes, strict=True)]
         self._layout = None
 
@@ -103,8 +133,10 @@ class Sequence:
 
     def reorder(self, index: Tensor) -> None:
         """Row i becomes what row index[i] was."""
-        rows = index.tolist()
-        self._ids = [t.index_select(0, index.to(t.device)) for t in [torch.cat(self._ids, 1)]] if self._ids else []
+        rows, rows_before = index.tolist(), self.rows
+        self._ids = (
+            [t.index_select(0, index.to(t.device)) for t in [torch.cat(self._ids, 1)]] if self._ids else []
+        )
         if self.sample is not None:
             self.sample = self.sample.index_select(0, index.to(self.sample.device))
         if self._padding is not None:
@@ -115,8 +147,7 @@ class Sequence:
             self._layout = self._layout.at(index)
         for _, state in self._states.values():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    state[name] = value.index_select(0, index.to(value.device))
+                state[name] = _follow(value, index, rows_before, name)
 
     def crop(self, length: int) -> None:
         """Forget what lies beyond `length` tokens."""
@@ -127,6 +158,15 @@ class Sequence:
             Chunk(c.start, min(c.stop, length), c.generated, c.turn) for c in self._chunks if c.start < length
         ]
         self.turn = self._chunks[-1].turn if self._chunks else 0
+        for kind, counts in self._counts.items():
+            left = (self._ids[0] == self.vocabulary.placeholders[kind]).sum(1).tolist()
+            self._counts[kind] = [
+                _first(lengths, tokens) for lengths, tokens in zip(counts, left, strict=True)
+            ]
+            if kind in self._boxes:
+                self._boxes[kind] = [
+                    boxes[:tokens] for boxes, tokens in zip(self._boxes[kind], left, strict=True)
+                ]
         self._padding = None if self._padding is None else self._padding[:, :length]
         self._layout = None if self._layout is None else self._layout.until(length)
         self.length = length
@@ -177,3 +217,30 @@ class Sequence:
             kind[:, : padding.shape[1]] = torch.where(padding, PAD, kind[:, : padding.shape[1]])
         assert self.sample is not None
         return Layout(kind, item, turn, self.sample, box, self._named)
+
+
+def _first(lengths: list[int], tokens: int) -> list[int]:
+    """The items that the first tokens of their kind begin."""
+    return [length for i, length in enumerate(lengths) if sum(lengths[:i]) < tokens]
+
+
+def _follow(value: Any, index: Tensor, rows: int, name: str) -> Any:
+    """What a method remembers of `rows` rows, for the rows in `index`; tensors may lie in lists and dictionaries."""
+    if isinstance(value, Tensor) and value.ndim:
+        if value.shape[0] != rows:
+            raise InputError(
+                f"call.state[{name!r}] holds a tensor of shape {tuple(value.shape)}, "
+                f"and the cache reorders {rows} rows.",
+                "give it a leading batch axis, or keep what is the same for all rows in run.state",
+            )
+        return value.index_select(0, index.to(value.device))
+    if isinstance(value, dict):
+        return {key: _follow(v, index, rows, name) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)([_follow(v, index, rows, name) for v in value])
+    return value
+
+
+def _unknown(counts: list[list[int]]) -> list[Tensor]:
+    """Boxes of items that were not located, by row."""
+    return [torch.full((sum(lengths), 4), float("nan")) for lengths in counts]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from saccade.core.site import Seam, Site
-from saccade.models.towers import CROSS_NAMES, TOWERS
+from saccade.models.towers import CROSS_NAMES, SEES, TOWERS
 
 
 def discover(model: nn.Module) -> list[Site]:
@@ -23,17 +23,23 @@ def discover(model: nn.Module) -> list[Site]:
         tower = tower_of(model, path)
         kind = _kind(model, path, module)
         layer = getattr(module, "layer_idx", None)
-        leaf = path.rsplit(".", 1)[-1]
+        leaf = next((part for part in reversed(path.split(".")) if not part.isdigit()), "")
         key = (tower, kind, leaf, "single" if "single" in path else "")
         number = counters[key] = counters.get(key, -1) + 1
         if isinstance(layer, int) and tower == "text":
             number = layer
-        drafts.append(
-            dict(path=path, module=module, tower=tower, index=number, kind=kind, seam=seam, leaf=leaf)
-        )
+        found: dict[str, Any] = {
+            "path": path,
+            "module": module,
+            "tower": tower,
+            "index": number,
+            "kind": kind,
+        }
+        drafts.append({**found, "seam": seam, "leaf": leaf})
     depths: dict[str, int] = {}
     for draft in drafts:
-        depths[draft["tower"]] = max(depths.get(draft["tower"], 0), draft["index"] + 1)
+        stack = _stack_length(model, draft["path"], draft["index"])
+        depths[draft["tower"]] = max(depths.get(draft["tower"], 0), draft["index"] + 1, stack)
     sites, taken = [], set()
     for draft in drafts:
         leaf = draft.pop("leaf")
@@ -50,6 +56,16 @@ def discover(model: nn.Module) -> list[Site]:
     return sites + _hidden_sites(model, sites)
 
 
+def _stack_length(model: nn.Module, path: str, index: int) -> int:
+    """Length of the list of layers of which the module is in number `index`: not every layer attends."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if part == str(index):
+            layers = model.get_submodule(".".join(parts[:i]))
+            return len(layers) if isinstance(layers, nn.ModuleList) else 0
+    return 0
+
+
 def tower_of(model: nn.Module, path: str) -> str:
     """`text`, `vision`, ... of a module, from its path and from what the model is."""
     library = type(model).__module__
@@ -59,7 +75,7 @@ def tower_of(model: nn.Module, path: str) -> str:
         return "vision"
     config = getattr(model, "config", None)
     if config is not None and _only_sees(config):
-        return "vision"
+        return "decoder" if re.search(r"(^|\.)decoder\.", path) else "vision"
     tower = next(name for name, pattern in TOWERS if re.search(pattern, path))
     if tower == "encoder" and not getattr(config, "is_encoder_decoder", False):
         return "text"
@@ -67,17 +83,31 @@ def tower_of(model: nn.Module, path: str) -> str:
 
 
 def _only_sees(config: Any) -> bool:
-    """A configuration of pictures alone: it has a picture size or patches, and no words."""
+    """A configuration of pictures alone: it names their size, patches or tower, and no words."""
     words = any(hasattr(config, name) for name in ("vocab_size", "text_config", "decoder"))
-    return not words and any(hasattr(config, name) for name in ("image_size", "patch_size", "num_channels"))
+    return not words and any(hasattr(config, name) for name in SEES)
 
 
 def _kind(model: nn.Module, path: str, module: nn.Module) -> str:
     leaf = ".".join(path.lower().split(".")[-2:])  # some keep `crossattention.self`
-    if tower_of(model, path) == "dit" and (getattr(module, "added_kv_proj_dim", None) or "single" in path):
-        return "joint"
     cross = getattr(module, "is_cross_attention", None)
+    if hasattr(module, "processor") and cross is not None and path.endswith("attn2"):
+        return "cross" if cross else "self"  # SD3.5 calls a second self-attention so
+    if tower_of(model, path) == "dit" and _joins(model, path, module):
+        return "joint"
     return "cross" if cross is True or any(name in leaf for name in CROSS_NAMES) else "self"
+
+
+def _joins(model: nn.Module, path: str, module: nn.Module) -> bool:
+    """Text and image attend to each other in one sequence."""
+    if getattr(module, "added_kv_proj_dim", None) or "single" in path:
+        return True
+    processor = getattr(type(getattr(module, "processor", None)), "__call__", None)  # noqa: B004
+    code = getattr(processor, "__code__", None)
+    if code is None or "cat" not in code.co_names or "encoder_hidden_states" not in code.co_varnames:
+        return False
+    block = model.get_submodule(path.rpartition(".")[0])
+    return not any(getattr(sibling, "is_cross_attention", False) for sibling in block.children())
 
 
 def _name(draft: dict[str, Any]) -> str:
@@ -106,11 +136,14 @@ def _attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, Seam]]:
 
 def seam_of(module: nn.Module) -> Seam | None:
     """The narrowest way into this module's attention, None where it does not attend itself."""
-    if isinstance(module, nn.MultiheadAttention) or (hasattr(module, "processor") and hasattr(module, "to_q")):
+    if isinstance(module, nn.MultiheadAttention):
         return "sdpa"
+    if hasattr(module, "processor") and hasattr(module, "to_q"):
+        linear = "Linear" in type(module.processor).__name__  # which has no softmax
+        return None if linear else "sdpa"
     if isinstance(module, nn.ModuleList) or any(seam_of(child) for child in module.children()):
         return None
-    names = _names_used(type(module))
+    names = names_used(type(module))  # type: ignore[arg-type]
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "interface"
     if names & {"scaled_dot_product_attention", "dispatch_attention_fn"}:
@@ -120,7 +153,7 @@ def seam_of(module: nn.Module) -> Seam | None:
 
 
 @functools.cache
-def _names_used(cls: type) -> frozenset[str]:
+def names_used(cls: type) -> frozenset[str]:
     """Global names and attributes that the methods of a class read, its library bases included."""
     names: set[str] = set()
     for base in cls.__mro__:
@@ -145,22 +178,29 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _hidden_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Layer: the outermost item of a list with exactly one self-attention. Mlp: what in it adds to the
-    stream after attention. Neurons: the input of the mlp's last linear. Embed: the input of layer 0."""
+    """Layer: the outermost item of a list with exactly one self-attention, or with cross-attention alone, and
+    the items of that list without any. Input: what goes into it, which is not always what the layer before
+    gave. Mlp: what in it adds to the stream after attention. Neurons: the input of the mlp's last linear.
+    Embed: the input of layer 0."""
     found: list[Site] = []
-    selves = [site for site in sites if site.kind == "self" and site.index is not None]
-    for site in selves:
-        path = _layer_path(site, selves)
-        if path is None:
-            continue
+    numbered = [site for site in sites if site.index is not None]
+    own = {(site.tower, site.index) for site in numbered if site.kind == "self"}
+    selves = [
+        s for s in numbered if s.kind == "self" or (s.kind == "cross" and (s.tower, s.index) not in own)
+    ]
+    for path, (tower, index, depth) in _layers(model, selves, sites).items():
         layer = model.get_submodule(path)
 
-        def add(kind: str, inner: str, module: nn.Module, site: Site = site) -> None:
-            name = f"{site.tower}.embed" if kind == "embed" else f"{site.tower}.{site.index}.{kind}"
-            found.append(Site(name, inner, module, site.tower, site.index, kind, "module", site.depth))
+        def add(
+            kind: str, inner: str, module: nn.Module, at: tuple[str, int, int] = (tower, index, depth)
+        ) -> None:
+            tower, index, depth = at
+            name = f"{tower}.embed" if kind == "embed" else f"{tower}.{index}.{kind}"
+            found.append(Site(name, inner, module, tower, index, kind, "module", depth))
 
-        if site.index == 0:
+        if index == 0:
             add("embed", path, layer)
+        add("input", path, layer)
         add("layer", path, layer)
         mlp = _mlp(layer, [s.path[len(path) + 1 :] for s in sites if s.path.startswith(path + ".")])
         if mlp is not None:
@@ -170,6 +210,24 @@ def _hidden_sites(model: nn.Module, sites: list[Site]) -> list[Site]:
                 inner = f"{mlp}.{down}" if down else mlp
                 add("neurons", f"{path}.{inner}", layer.get_submodule(inner))
     return found
+
+
+def _layers(model: nn.Module, selves: list[Site], sites: list[Site]) -> dict[str, tuple[str, int, int]]:
+    """Tower, index and depth of every layer by its path, those that do not attend in their places."""
+    found: dict[str, tuple[str, int, int]] = {}
+    for site in selves:
+        path = _layer_path(site, selves)
+        if path is None or site.index is None:
+            continue
+        stem, _, number = path.rpartition(".")
+        stack = model.get_submodule(stem)
+        if number == str(site.index) and isinstance(stack, nn.ModuleList):
+            for i in range(len(stack)):
+                if not any(other.path.startswith(f"{stem}.{i}.") for other in sites):
+                    found.setdefault(f"{stem}.{i}", (site.tower, i, site.depth))
+        found[path] = (site.tower, site.index, site.depth)
+    towers = list(dict.fromkeys(tower for tower, _, _ in found.values()))
+    return dict(sorted(found.items(), key=lambda item: (towers.index(item[1][0]), item[1][1])))
 
 
 def _layer_path(site: Site, selves: list[Site]) -> str | None:
@@ -189,7 +247,9 @@ def _mlp(layer: nn.Module, attention: list[str], prefix: str = "") -> str | None
         path = prefix + name
         if any(inner.startswith(path + ".") for inner in attention) or _normalises(child):
             best = _mlp(child, attention, path + ".") or best
-        elif path not in attention and any(_is_linear(m) for m in child.modules()):
+        elif path not in attention and any(
+            _is_linear(m) or "xpert" in type(m).__name__ for m in child.modules()
+        ):
             best = path
     return best if best is None or _takes_one(layer.get_submodule(best.removeprefix(prefix))) else None
 
@@ -210,7 +270,9 @@ def _takes_one(module: nn.Module) -> bool:
 
 def _last_linear(mlp: nn.Module) -> str | None:
     linears = [name for name, module in mlp.named_modules() if _is_linear(module)]
-    experts = any(isinstance(module, nn.ModuleList) or "xpert" in type(module).__name__ for module in mlp.modules())
+    experts = any(
+        isinstance(module, nn.ModuleList) or "xpert" in type(module).__name__ for module in mlp.modules()
+    )
     return linears[-1] if linears and not experts else None
 
 

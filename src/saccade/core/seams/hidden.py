@@ -1,4 +1,4 @@
-"""Hidden states: the output of a layer or mlp, the input of an mlp's last linear, the input of layer 0."""
+"""Hidden states: the input or output of a layer, the output of an mlp, the input of its last linear."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from saccade.core.passes import HiddenCall, Pass
+from saccade.core.seams.sdpa import slow_path
 from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
 
@@ -16,8 +19,17 @@ if TYPE_CHECKING:
 
 
 def install(site: Site, runtime: Runtime) -> Callable[[], None]:
-    around = _before if site.kind in ("neurons", "embed") else _after
-    return wrap(site.module, "forward", functools.partial(around, site, runtime))
+    around = _before if site.kind in ("input", "neurons", "embed") else _after
+    undo = wrap(site.module, "forward", functools.partial(around, site, runtime))
+    if not any(isinstance(module, nn.TransformerEncoderLayer) for module in runtime.host.modules()):
+        return undo
+    fast_again = slow_path()
+
+    def remove() -> None:
+        undo()
+        fast_again()
+
+    return remove
 
 
 def _before(site: Site, runtime: Runtime, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -38,9 +50,18 @@ def _after(site: Site, runtime: Runtime, forward: Callable[..., Any], *args: Any
 
 def _edit(site: Site, runtime: Runtime, h: Tensor) -> Tensor:
     pass_ = runtime.current()
+    if pass_.groups is not None:  # a prompt and its branches, each with the methods that act on it
+        return torch.cat([_edit_rows(site, part, h[rows]) for rows, part, _ in pass_.groups])
+    return _edit_rows(site, pass_, h)
+
+
+def _edit_rows(site: Site, pass_: Pass, h: Tensor) -> Tensor:
     plan = pass_.plans.get(site)
-    for method in plan.hidden if plan else ():
+    if plan is None:
+        return h
+    call = HiddenCall(site, pass_)
+    for method in plan.hidden:
         if pass_.phase in method.phases:
             pass_.run.method = method
-            h = method.hidden(site, h)
+            h = method.hidden(call, h)
     return h

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,17 +13,20 @@ from torch import Tensor, nn
 from saccade.core.errors import AttachError
 from saccade.core.layout import KINDS, Layout
 from saccade.core.seams.discovery import discover
-from saccade.core.site import Site
 from saccade.core.state import Sequence, Vocabulary
 
 if TYPE_CHECKING:
-    from saccade.core.passes import Pass
+    from saccade.core.call import AttentionCall
+    from saccade.core.passes import Denoising, Pass, Run
+    from saccade.core.session import Runtime
 
 
 class PlainHost:
     """What the runtime asks of a model. A library's host says more than a plain module can."""
 
     vocabulary = Vocabulary({}, frozenset())
+    by_sample = False  # features come as one tensor for all pictures of a sample
+    samples = False  # it takes denoising steps
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -42,12 +46,10 @@ class PlainHost:
         return {**dict(zip(self.parameters, args, strict=False)), **kwargs} if args else dict(kwargs)
 
     def roots(self) -> dict[str, nn.Module]:
-        """The module of every tower that stands beside others: the highest that holds its sites alone."""
+        """The module of every tower: the highest below the model that holds its sites alone."""
         paths: dict[str, list[str]] = {}
         for site in self.sites:
             paths.setdefault(site.tower, []).append(site.path)
-        if len(paths) == 1:
-            return {}
         found = {}
         for tower, own in paths.items():
             others = [p for other, theirs in paths.items() if other != tower for p in theirs]
@@ -59,13 +61,53 @@ class PlainHost:
                     break
         return found
 
+    def lack(self, need: str) -> str:
+        """Why the model cannot give what a method needs; empty where it can."""
+        if need == "first_token" and self.main_tower == "text":
+            return ""
+        if need == "sampling":
+            return "it takes no denoising steps"
+        if need == "branches":
+            return ""
+        if need == "features":
+            return "it takes no pictures among its words"
+        return f"it does not give {need.replace('_', ' ')}s"
+
     # ---- what a plain module does not know; a library's host answers these ------------------------------
+
+    def modules(self) -> Iterable[nn.Module]:
+        return self.model.modules()
 
     def check(self) -> None:
         return None
 
+    def call(self, inputs: Mapping[str, Any], run: Run) -> Any:
+        """A forward of the model, beside whatever else it does."""
+        return self.model(**inputs)
+
+    def sample(self, runtime: Runtime, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def project(self, call: AttentionCall, states: Tensor) -> tuple[Tensor, Tensor]:
+        if not hasattr(call.site.module, "to_k"):
+            raise AttachError(
+                f"{call.site.name} ({type(call.site.module).__name__}) does not say where its keys come from.",
+                "use a denoiser of diffusers",
+            )
+        from saccade.core.seams.diffusers import project
+
+        return project(call, states)
+
+    def grid(self, pass_: Denoising, tokens: int) -> tuple[int, ...] | None:
+        return None
+
+    def denoising_layouts(self, pass_: Denoising, call: AttentionCall) -> tuple[Layout, Layout]:
+        raise NotImplementedError
+
     def wraps(self) -> list[tuple[Any, str, str]]:
-        return []
+        return (
+            [(self.model, "forward_features", "forward")] if hasattr(self.model, "forward_features") else []
+        )
 
     def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return dict(inputs)
@@ -88,11 +130,30 @@ class PlainHost:
     def sequence_of(self, cache: Any) -> Sequence | None:
         return None
 
-    def follow(self, cache: Any, sequence: Sequence) -> None:
+    def follow(self, cache: Any, sequence: Sequence, branches: Any = ()) -> None:
         return None
 
-    def counts(self, output: Any) -> list[int]:
+    def track_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs
+
+    def cache_layers(self, cache: Any) -> list[Any]:
         return []
+
+    def attended(self, cache: Any, tracked: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def rotaries(self) -> list[nn.Module]:
+        return []
+
+    def unpack(self, output: Any) -> list[Tensor]:
+        return []
+
+    def pack(self, output: Any, parts: list[Tensor]) -> Any:
+        return output
+
+    def extra(self, inputs: Mapping[str, Any], last_only: bool) -> dict[str, Any]:
+        """Inputs of a forward that stands beside the running one."""
+        return dict(inputs)
 
     def transient(self) -> list[tuple[Any, str, Any]]:
         return []
@@ -101,6 +162,24 @@ class PlainHost:
         raise AttachError(
             f"{type(self.model).__name__} does not say which of its inputs are pictures.",
             "use a vision-language model of transformers",
+        )
+
+    def beside(self, inputs: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        return self.without_images(inputs)
+
+    def with_rows(self, inputs: Mapping[str, Any], branches: Any, pass_: Pass, moved: int) -> dict[str, Any]:
+        return self.without_images(inputs)
+
+    def positioned(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return inputs
+
+    def last_position(self, run: Any) -> Tensor:
+        raise NotImplementedError
+
+    def feature_layer(self) -> int:
+        return max(
+            (site.index for site in self.sites if site.tower == "vision" and site.index is not None),
+            default=0,
         )
 
     # ---- spaces -----------------------------------------------------------------------------------------
@@ -117,19 +196,25 @@ class PlainHost:
         return layout
 
     def kind_of(self, name: str, pass_: Pass) -> str:
-        return {"vision": "image", "unet": "image", "dit": "image", "audio": "audio"}.get(name, "text")
+        pictures = ("vision", "codes", "projector", "unet", "dit")
+        return "image" if name in pictures else name if name in ("audio", "video") else "text"
 
     def _patches(self, name: str, pass_: Pass) -> int | None:
         """How many patches the tower cuts its pictures into, where it cuts them with a convolution."""
         inputs = pass_.tower_inputs.get(name, pass_.inputs)
-        pixels = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 4), None)
+        pixels = next(
+            (v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()),
+            None,
+        )
         if pixels is None:
             return None
         root = self.roots().get(name, self.model)
         cuts = [m for m in root.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride]
         if not cuts:
             return None
-        height, width = (int(s) // k for s, k in zip(pixels.shape[-2:], _pair(cuts[0].kernel_size), strict=True))
+        height, width = (
+            int(s) // k for s, k in zip(pixels.shape[-2:], _pair(cuts[0].kernel_size), strict=True)
+        )
         return height * width
 
 

@@ -1,4 +1,4 @@
-"""Every private or fragile name of transformers that we lean on, and its known form.
+"""Every private or fragile name of transformers and diffusers that we lean on, and its known form.
 
 `check()` compares once. Where a library has moved, the error says what moved and which versions we know.
 """
@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from saccade.core.errors import VersionError
 
@@ -25,7 +26,10 @@ class Name:
 
 NAMES = (
     Name("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS"),
-    Name("transformers.modeling_utils:AttentionInterface.get_interface", ("self", "attn_implementation", "default")),
+    Name(
+        "transformers.modeling_utils:AttentionInterface.get_interface",
+        ("self", "attn_implementation", "default"),
+    ),
     Name("transformers.modeling_utils:AttentionInterface.register", ("key", "value")),
     Name("transformers.configuration_utils:PreTrainedConfig._attn_implementation"),
     Name("transformers.cache_utils:Cache.reorder_cache", ("self", "beam_idx")),
@@ -36,19 +40,37 @@ NAMES = (
 )
 
 
+DIFFUSERS = (
+    Name("diffusers:DiffusionPipeline.components"),
+    Name("diffusers.models.attention_dispatch:_AttentionBackendRegistry._backends"),
+    Name(
+        "diffusers.models.attention_dispatch:_AttentionBackendRegistry.register", ("backend", "constraints")
+    ),
+    Name("diffusers.models.attention_dispatch:dispatch_attention_fn", ("query", "key", "value", "attn_mask")),
+)
+
+
 @functools.cache
 def check() -> None:
     """Raise where a name is gone or has another signature."""
     check_names(NAMES)
 
 
-def check_names(names: tuple[Name, ...]) -> None:
-    import transformers
+@functools.cache
+def check_diffusers() -> None:
+    check_names(DIFFUSERS, "diffusers", "0.42", "diffusers>=0.42")
 
+
+def check_names(
+    names: tuple[Name, ...],
+    library: str = "transformers",
+    known: str = KNOWN,
+    wanted: str = "transformers>=5.18,<6",
+) -> None:
     for name in names:
         module, _, path = name.path.partition(":")
         try:
-            value = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+            value: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
         except (ImportError, AttributeError):
             problem = "is gone"
         else:
@@ -59,6 +81,6 @@ def check_names(names: tuple[Name, ...]) -> None:
                 continue
             problem = f"takes {', '.join(found)} instead of {', '.join(name.parameters)}"
         raise VersionError(
-            f"transformers {transformers.__version__} has moved: {name.path} {problem}.",
-            f"use a version that we know, {KNOWN}: pip install 'transformers>=5.18,<6'",
+            f"{library} {importlib.import_module(library).__version__} has moved: {name.path} {problem}.",
+            f"use a version that we know, {known}: pip install '{wanted}'",
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from saccade.core.call import AttentionCall, Span, take_rows
-from saccade.core.errors import AttachError
+from saccade.core.errors import AttachError, InputError
 from saccade.core.plan import edited_weights, observe
 from saccade.core.seams.sdpa import first_tensor
 from saccade.core.seams.wrap import wrap
@@ -42,17 +42,19 @@ class _Listen(TorchFunctionMode):
         self.site, self.runtime, self.x = site, runtime, x
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _SOFTMAX or args[0].ndim < 3:
+        given = dict(kwargs or {})
+        scores = args[0] if args else given.pop("input", None)
+        dim = args[1] if len(args) > 1 else given.pop("dim", given.pop("axis", None))
+        if func not in _SOFTMAX or scores is None or scores.ndim < 3 or dim not in (-1, scores.ndim - 1):
             return func(*args, **(kwargs or {}))
-        return self._softmax(args[0], lambda s: func(s, *args[1:], **(kwargs or {})))
+        return self._softmax(scores, lambda s: func(s, -1, *args[2:], **given))
 
     def _softmax(self, scores: Tensor, softmax: Callable[[Tensor], Tensor]) -> Tensor:
         pass_ = self.runtime.current()
         plan = pass_.plans[self.site]
-        shape = scores.shape
-        if scores.ndim == 3:  # (batch and heads, queries, keys)
-            scores = scores.view(-1, self._heads(), *shape[1:])
-        call = ScoredCall(self.site, scores, softmax, shape, pass_, self.x)
+        fold, unfold = self._folding(scores.shape)
+        scores = fold(scores)
+        call = ScoredCall(self.site, scores, softmax, lambda s: fold(softmax(unfold(s))), pass_, self.x)
         edits = [m for m in plan.edits if pass_.phase in m.phases]
         everything = slice(0, scores.shape[2])
         if edits:
@@ -62,11 +64,28 @@ class _Listen(TorchFunctionMode):
         else:
             w = call.softmax(scores)
         observe(call, plan)
-        return w.view(shape)
+        return unfold(w)
 
-    def _heads(self) -> int:
+    def _folding(self, shape: torch.Size) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What makes scores (batch, heads, queries, keys), and what gives them back their shape."""
+        if len(shape) == 4:
+            return (lambda t: t), (lambda t: t)
+        if len(shape) == 3:  # (batch and heads, queries, keys)
+            heads = self._heads(shape[0])
+            return (lambda t: t.reshape(-1, heads, *shape[1:])), (lambda t: t.reshape(shape))
+        heads = self._heads()
+        axis = next((i for i in range(1, len(shape) - 2) if shape[i] == heads), 1)  # beside windows
+        rest = shape[:axis] + shape[axis + 1 :]  # of the moved scores, without heads
+        return (
+            lambda t: t.movedim(axis, -3).reshape(-1, heads, *shape[-2:]),
+            lambda t: t.reshape(*rest[:-2], heads, *shape[-2:]).movedim(-3, axis),
+        )
+
+    def _heads(self, rows: int = 0) -> int:
         names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
         found = next((getattr(self.site.module, n) for n in names if hasattr(self.site.module, n)), None)
+        if found is None and self.x is not None and rows == self.x.shape[0]:
+            return 1
         if found is None:
             raise AttachError(
                 f"{self.site.name} ({type(self.site.module).__name__}) does not say how many heads it has.",
@@ -83,7 +102,7 @@ class ScoredCall(AttentionCall):
         site: Site,
         scores: Tensor,
         softmax: Callable[[Tensor], Tensor],
-        shape: torch.Size,
+        softmax_of_all: Callable[[Tensor], Tensor],
         pass_: Any,
         x: Tensor | None,
     ) -> None:
@@ -92,13 +111,23 @@ class ScoredCall(AttentionCall):
         super().__init__(
             site, q, k, k, None, scale=1.0, causal=False, operator=AttentionCall.next, pass_=pass_, x=x
         )
-        self._given, self._by_model, self._shape = scores, softmax, shape
+        self._given, self._by_model, self._of_all = scores, softmax, softmax_of_all
 
     def softmax(self, scores: Tensor, heads: Any = None) -> Tensor:
         """The model's own softmax where all rows and heads are there, so that its dtype rules hold."""
         if scores.shape == self._given.shape:
-            return self._by_model(scores.view(self._shape)).view(scores.shape)
+            return self._of_all(scores)
         return self._by_model(scores)
+
+    def apply(self, w: Tensor) -> Tensor:
+        raise InputError(
+            f"{self.site.name} ({type(self.site.module).__name__}) writes attention out by hand: its queries, keys and "
+            "values are not reached.",
+            "use scores() or weights() there, or leave the site out with sites=",
+        )
+
+    def native(self, **changed: Any) -> Tensor:
+        return self.apply(self._given)
 
     def _scores(self, span: Span, heads: Any, *, native: bool) -> Tensor:
         s = take_rows(self._given, span)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,17 +15,20 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from saccade.core.branch import Open, pad_left
+from saccade.core.cache import TrackedLayer, fit_mask, new_cache, track
 from saccade.core.call import AttentionCall
 from saccade.core.errors import AttachError, InputError
-from saccade.core.plan import execute
+from saccade.core.plan import evict, execute, execute_groups
 from saccade.core.seams import private
 from saccade.core.seams.plain import PlainHost
+from saccade.core.seams.tokens import Peeked
 from saccade.core.site import Site
 from saccade.core.state import Sequence, Vocabulary
-from saccade.models.towers import PLACEHOLDERS, SPECIAL_IDS, TRANSIENT
+from saccade.models.towers import BY_SAMPLE, PLACEHOLDERS, SPECIAL_IDS, TRANSIENT
 
 if TYPE_CHECKING:
-    from saccade.core.passes import Pass
+    from saccade.core.passes import Pass, Run
     from saccade.core.session import Runtime
 
 PREFIX = "saccade:"  # before the native name, which some families look for
@@ -36,7 +40,9 @@ PREFIX = "saccade:"  # before the native name, which some families look for
 class _Hook:
     """What the attention function needs to know of the module that calls it."""
 
-    def __init__(self, site: Site, runtime: Runtime, native: Callable[..., Any], config: Any, name: str) -> None:
+    def __init__(
+        self, site: Site, runtime: Runtime, native: Callable[..., Any], config: Any, name: str
+    ) -> None:
         self.site, self.runtime, self.native = site, runtime, native
         self.config, self.native_name = config, name
 
@@ -86,9 +92,20 @@ def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     hook: _Hook = module._saccade
-    pass_ = hook.runtime.current()
-    plan = pass_.plans.get(hook.site)
-    if plan is None:
+    site, pass_ = hook.site, hook.runtime.current()
+    plan = pass_.plans.get(site)
+    held = pos = keep = None
+    if pass_.tracked or pass_.removals:
+        causal = kwargs.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        held, pos, keep, attention_mask = _present(module, site, pass_, query, key, attention_mask, causal)
+        if pass_.peeking is not None and pass_.peeking[0] is not None and pass_.peeking[0].seen:
+            ahead = pass_.peeking[0]
+            held_keys, held_values = ahead.keys, ahead.values
+            if hasattr(module, "expand_kv"):  # the cache holds a latent
+                held_keys, held_values = module.expand_kv(held_keys, held_values)
+            key, value = torch.cat([held_keys, key], 2), torch.cat([held_values, value], 2)
+    if plan is None and pass_.groups is None and pass_.peeking is None:
         return hook.native(module, query, key, value, attention_mask, **kwargs)
     causal = kwargs.get("is_causal")
     call = AttentionCall(
@@ -107,9 +124,86 @@ def _attention(
         window=kwargs.get("sliding_window"),
         segments=kwargs.get("cu_seq_lens_q"),
         options=kwargs,
+        pos=pos,
+        keep=keep,
     )
-    out = execute(call, plan)
-    return out.transpose(1, 2).contiguous(), None
+    if pass_.peeking is not None:
+        raise Peeked(call)
+    if pass_.groups is not None:
+        call.keeps_weights = hook.native_name == "eager"
+        out = execute_groups(call, pass_.groups, None if shares(module) else held)
+        return out.transpose(1, 2).contiguous(), call.returned_weights
+    assert plan is not None
+    call.keeps_weights = hook.native_name == "eager"
+    out = execute(call, plan).transpose(1, 2).contiguous()
+    if plan.evict and not shares(module):  # else its owner does
+        evict(call, plan, held)
+    if call.keeps_weights and plan.edits:
+        return out, call.weights().to(query.dtype)
+    return out, call.returned_weights
+
+
+def _present(
+    module: Any, site: Site, pass_: Pass, query: Tensor, key: Tensor, mask: Any, causal: bool
+) -> tuple[TrackedLayer | None, Tensor | None, Tensor | None, Any]:
+    """The site's cache layer, the positions of its keys, the rows' places, and a mask that fits them."""
+    removal = pass_.removal(site)
+    keep = None if removal is None else removal.keep
+    if site.kind != "self":
+        if keep is not None and mask is not None and mask.ndim == 4:
+            rows = keep.clamp_min(0)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+            mask = mask.expand(keep.shape[0], -1, -1, -1).gather(2, rows)
+        return None, None, keep, mask
+    held = pass_.held(owner(module)) if pass_.tracked else None
+    full = query.shape[2] if removal is None else removal.full
+    if held is None:
+        pos, start, ragged = None, 0, False
+    elif pass_.peeking is None or shares(module):
+        pos, start, ragged = held.call_pos, held.seen - full, held.ragged
+    else:
+        pos, start = _positions_ahead(held, key, keep), held.seen
+        ragged = held.ragged or (keep is not None and bool((keep < 0).any()))
+    mask = fit_mask(
+        mask,
+        queries=query.shape[2],
+        groups=query.shape[1] // key.shape[1],
+        keep=keep,
+        pos=pos,
+        start=start,
+        ragged=ragged,
+        causal=causal,
+        dtype=query.dtype,
+        padding_only="flash" in module._saccade.native_name,
+    )
+    if pos is None and keep is not None:
+        pos = torch.where(keep < 0, -1, keep + (pass_.start if held is None else 0))
+    return held, pos, keep, mask
+
+
+def shares(module: Any) -> bool:
+    """Whether it reads the keys and values of an earlier layer."""
+    return bool(getattr(module, "is_kv_shared_layer", False))
+
+
+def owner(module: Any) -> int | None:
+    """The layer of the cache that an attention module reads: its own, or the last of its type that has one."""
+    if not shares(module):
+        return getattr(module, "layer_idx", None)
+    if getattr(module, "kv_shared_layer_index", None) is not None:
+        return int(module.kv_shared_layer_index)
+    kinds = module.config.layer_types[: len(module.config.layer_types) - module.config.num_kv_shared_layers]
+    return len(kinds) - 1 - kinds[::-1].index(module.layer_type)
+
+
+def _positions_ahead(held: TrackedLayer, key: Tensor, keep: Tensor | None) -> Tensor | None:
+    """Positions as they would be behind what the cache holds; None where none is missing."""
+    if not held.seen or (held.pos is None and keep is None):
+        return None
+    fresh = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1) if keep is None else keep
+    fresh = torch.where(fresh < 0, -1, fresh + held.seen)
+    old = held.positions()
+    fresh = fresh if old.ndim == 2 else fresh[:, None].expand(-1, old.shape[1], -1)
+    return torch.cat([old, fresh], -1)
 
 
 def _native(call: AttentionCall) -> Tensor:
@@ -117,7 +211,7 @@ def _native(call: AttentionCall) -> Tensor:
     options: dict[str, Any] = call.options or {}
     if call.mask is not None and not call.causal and options.get("is_causal"):
         options = {**options, "is_causal": False}
-    out, _ = hook.native(call.site.module, call.q, call.k, call.v, call.mask, **options)
+    out, call.returned_weights = hook.native(call.site.module, call.q, call.k, call.v, call.mask, **options)
     return out.transpose(1, 2)
 
 
@@ -135,14 +229,16 @@ class TransformersHost(PlainHost):
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.vocabulary = _vocabulary(model.config, self.text_config)
         self.base = model.base_model
+        self.by_sample = model.config.model_type in BY_SAMPLE
+        self._configs = [(c, c._attn_implementation) for c in _configs(model)]
 
     def check(self) -> None:
         """Refuse a native implementation that was changed under us."""
-        hooks = (getattr(site.module, "_saccade", None) for site in self.sites)
-        for config, name in {id(h.config): (h.config, h.native_name) for h in hooks if h}.values():
-            if config._attn_implementation != name:
-                now = config._attn_implementation
-                config._attn_implementation_internal = name
+        for config, name in self._configs:
+            now = config._attn_implementation
+            if now != name:
+                for changed, before in self._configs:
+                    changed._attn_implementation_internal = before
                 raise AttachError(
                     f"set_attn_implementation({now!r}) was called while a session is attached; "
                     f"the model stays with {name!r}.",
@@ -151,12 +247,16 @@ class TransformersHost(PlainHost):
 
     def wraps(self) -> list[tuple[Any, str, str]]:
         """Methods of the library that the runtime stands around: (object, name, what it is)."""
+        text = self.roots().get("text", self.base)
         found: list[tuple[Any, str, str]] = []
         if hasattr(self.model, "generate"):
             found.append((self.model, "generate", "generate"))
+        if hasattr(text, "_deepstack_process"):
+            found.append((text, "_deepstack_process", "deepstack"))
         for kind in ("image", "video"):
-            if hasattr(self.base, f"get_{kind}_features"):
-                found.append((self.base, f"get_{kind}_features", kind))
+            owner = next((m for m in (self.base, self.model) if hasattr(m, f"get_{kind}_features")), None)
+            if owner is not None:
+                found.append((owner, f"get_{kind}_features", kind))
         return found
 
     # ---- reading what a forward is given ------------------------------------------------------------
@@ -167,7 +267,7 @@ class TransformersHost(PlainHost):
         wanted = {name: value for name, value in inputs.items() if name in names and value is not None}
         first = inputs.get("inputs")
         if isinstance(first, Tensor):
-            wanted.setdefault(self.model.main_input_name, first)
+            wanted.setdefault(str(self.model.main_input_name), first)
         wanted.pop("past_key_values", None)
         wanted.pop("use_cache", None)
         return wanted
@@ -202,18 +302,168 @@ class TransformersHost(PlainHost):
     def sequence_of(self, cache: Any) -> Sequence | None:
         return getattr(cache, "_saccade_sequence", None)
 
-    def follow(self, cache: Any, sequence: Sequence) -> None:
-        """Let the sequence share the cache's fate."""
+    def follow(self, cache: Any, sequence: Sequence, branches: list[Open] | tuple[Open, ...] = ()) -> None:
+        """Let the sequence and its branches share the cache's fate."""
         if not isinstance(cache, _Followed):
-            cache.__class__ = _followed(type(cache))
+            cache.__class__ = _followed(type(cache))  # type: ignore[arg-type]
         cache._saccade_sequence = sequence
+        cache._saccade_branches = branches
 
-    def counts(self, output: Any) -> list[int]:
-        """Tokens of every item in what `get_*_features` returned."""
-        features = getattr(output, "pooler_output", output)
-        if isinstance(features, Tensor) and features.ndim == 2:
-            return [features.shape[0]]
-        return [part.shape[-2] if part.ndim > 1 else 1 for part in features]
+    def feature_layer(self) -> int:
+        """As the configuration says, in places among the hidden states: embeddings first."""
+        last = super().feature_layer()
+        place = getattr(self.config, "vision_feature_layer", None)
+        place = place[-1] if isinstance(place, list | tuple) else place
+        if not isinstance(place, int):
+            return last
+        return last + 1 + place if place < 0 else place - 1
+
+    def rotaries(self) -> list[nn.Module]:
+        """Modules that turn positions of the text into rotations."""
+        roots = self.roots()
+        inside = {id(m) for site in self.sites if site.kind == "layer" for m in site.module.modules()}
+        inside |= {id(m) for tower, root in roots.items() if tower != "text" for m in root.modules()}
+        for root in (roots.get("text", self.model), self.model):  # they may stand beside the layers
+            rotary = [
+                m for m in root.modules() if "rotary" in type(m).__name__.lower() and id(m) not in inside
+            ]
+            if rotary:
+                return rotary
+        return []
+
+    def unpack(self, output: Any) -> list[Tensor]:
+        """Features (tokens, width) of every item in what `get_*_features` returned."""
+        features = _features_of(output)
+        return [features] if isinstance(features, Tensor) and features.ndim == 2 else list(features)
+
+    def pack(self, output: Any, parts: list[Tensor]) -> Any:
+        """The same, with other features."""
+        old = _features_of(output)
+        if isinstance(old, Tensor):
+            new: Any = parts[0] if old.ndim == 2 else torch.stack(parts)
+        else:
+            new = type(old)(parts)
+        if old is output:
+            return new
+        changed = copy.copy(output)
+        setattr(changed, "pooler_output" if output.pooler_output is not None else "last_hidden_state", new)
+        return changed
+
+    # ---- caches that know their positions, and branches in them ------------------------------------------
+
+    def track_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The inputs with a cache that knows its positions, where the model would make one."""
+        cache = inputs.get("past_key_values")
+        if cache is None:
+            uses = inputs.get("use_cache")
+            if uses is False or (uses is None and not getattr(self.text_config, "use_cache", True)):
+                return inputs
+            if self.encoder_decoder or self.model.training or "past_key_values" not in self.parameters:
+                return inputs
+            cache = new_cache(self.text_config)
+        if not isinstance(cache, Cache):
+            raise InputError(
+                f"A {type(cache).__name__} is no cache that tokens could leave.", "pass a DynamicCache"
+            )
+        return {**inputs, "past_key_values": track(cache)}
+
+    def cache_layers(self, cache: Any) -> list[TrackedLayer]:
+        return getattr(cache, "self_attention_cache", cache).layers if cache is not None else []
+
+    @contextlib.contextmanager
+    def attended(self, cache: Any, tracked: bool) -> Iterator[None]:
+        """While a pass runs that knows, or does not, which entries are missing."""
+        before = {
+            id(layer): layer.attended for layer in self.cache_layers(cache) if isinstance(layer, TrackedLayer)
+        }
+        self._attend(cache, lambda layer: tracked)
+        try:
+            yield
+        finally:
+            self._attend(cache, lambda layer: before.get(id(layer), False))
+
+    def _attend(self, cache: Any, value: Callable[[TrackedLayer], bool]) -> None:
+        for layer in self.cache_layers(cache):
+            if isinstance(layer, TrackedLayer):
+                layer.attended = value(layer)
+
+    def last_position(self, run: Run) -> Tensor:
+        """(rows,) position of the last token that a run has read, before positions were closed up."""
+        pass_ = run.last
+        assert pass_ is not None
+        rows = pass_.sequence.rows
+        if pass_.rotaries:
+            ids = pass_.rotaries[0].ids[..., -1]
+            return (ids.amax(0) if ids.ndim == 2 else ids).expand(rows)
+        mask = torch.ones(rows, pass_.sequence.length, dtype=torch.long) if pass_.mask is None else pass_.mask
+        return mask.sum(1) - 1
+
+    def with_rows(
+        self, inputs: Mapping[str, Any], branches: list[Open], pass_: Pass, moved: int
+    ) -> dict[str, Any]:
+        """One step's inputs with rows for every branch, which reads the same token at its own position."""
+        ids = inputs["input_ids"]
+        rows, times = ids.shape[0], 1 + len(branches)
+        wide = {}
+        for name, value in inputs.items():
+            repeated = isinstance(value, Tensor) and value.ndim and value.shape[0] == rows
+            wide[name] = torch.cat([value] * times) if repeated else value
+        mask = inputs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(rows, pass_.sequence.length, dtype=torch.long, device=ids.device)
+        columns = moved + mask.shape[1]
+        wide["attention_mask"] = torch.cat(
+            [pad_left(m, columns, 1) for m in (mask, *(b.mask.to(mask) for b in branches))]
+        )
+        if "position_ids" in self.parameters:
+            mine = inputs.get("position_ids")
+            if mine is None:
+                mine = torch.full((rows, 1), pass_.start, device=ids.device)
+            theirs = [(b.next - 1)[:, None].to(mine).expand(*mine.shape[:-2], -1, -1) for b in branches]
+            wide["position_ids"] = torch.cat([mine, *theirs], mine.ndim - 2)
+        return wide
+
+    def positioned(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With positions that do not count padding, as `generate()` gives them, where it matters: where they are
+        learned."""
+        mask = inputs.get("attention_mask")
+        if (
+            mask is None
+            or self.rotaries()
+            or "position_ids" not in self.parameters
+            or "position_ids" in inputs
+        ):
+            return inputs
+        return {**inputs, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+
+    def extra(self, inputs: Mapping[str, Any], last_only: bool) -> dict[str, Any]:
+        """Without a cache, unless one is given, and without a mask that masks nothing, for it costs a third."""
+        names = inspect.signature(self.model.forward).parameters
+        inputs = dict(inputs)
+        if "use_cache" in names and "past_key_values" not in inputs:
+            inputs.setdefault("use_cache", False)
+        if last_only and "logits_to_keep" in names:
+            inputs["logits_to_keep"] = 1
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and self.main_tower == "text" and bool(mask.all()):
+            del inputs["attention_mask"]
+        return inputs
+
+    def lack(self, need: str) -> str:
+        if need == "branches":
+            crossed = any(site.tower == "text" and site.kind == "cross" for site in self.sites)
+            return (
+                "it reads another sequence by cross-attention, which has no rows for them" if crossed else ""
+            )
+        if need == "features" and not any(what in ("image", "video") for _, _, what in self.wraps()):
+            return "it has no get_image_features"
+        if need not in ("image", "features"):
+            return super().lack(need)
+        if "image" not in self.vocabulary.placeholders:
+            return "it takes no pictures among its words"
+        if any(site.tower == "text" and site.kind == "cross" for site in self.sites):
+            return "its pictures are seen by cross-attention, not as tokens of the text"
+        return ""
 
     def transient(self) -> list[tuple[Any, str, Any]]:
         """State that the model keeps between calls: (object, name, value)."""
@@ -229,7 +479,8 @@ class TransformersHost(PlainHost):
         ids, _ = self.ids(inputs)
         if ids is None:
             raise InputError(
-                "A prompt of inputs_embeds cannot be cleared of its pictures.", "pass input_ids and pixel_values"
+                "A prompt of inputs_embeds cannot be cleared of its pictures.",
+                "pass input_ids and pixel_values",
             )
         visual = torch.zeros_like(ids, dtype=torch.bool)
         for kind in ("image", "video"):
@@ -239,16 +490,29 @@ class TransformersHost(PlainHost):
         real = torch.ones_like(ids) if mask is None else mask
         keep = ~visual & (real != 0)
         length = int(keep.sum(1).max())
-        order = keep.long().sort(dim=1, stable=True).indices[:, -length:]  # kept tokens to the right, in order
-        kept = {
-            name: value.gather(1, order)
+        order = (
+            keep.long().sort(dim=1, stable=True).indices[:, -length:]
+        )  # kept tokens to the right, in order
+        kept = keep.gather(1, order)
+        without = {
+            name: value.gather(1, order).where(kept, ids[:, -1:] if name == "input_ids" else 0)
             for name, value in inputs.items()
-            if isinstance(value, Tensor) and value.shape == ids.shape and not name.startswith(("pixel", "position"))
+            if isinstance(value, Tensor)
+            and value.shape == ids.shape
+            and not name.startswith(("pixel", "position"))
         }
-        kept["attention_mask"] = keep.gather(1, order).to(real.dtype)
-        if bool(kept["attention_mask"].all()):
-            del kept["attention_mask"]
-        return kept
+        without["attention_mask"] = kept.to(real.dtype)
+        return without
+
+    def beside(self, inputs: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+        """Two prompts as one batch, the second shorter and padded on the left."""
+        gap = inputs["input_ids"].shape[1] - other["input_ids"].shape[1]
+        both = dict(inputs)
+        for name, theirs in other.items():
+            mine = inputs[name] if name in inputs else torch.ones_like(inputs["input_ids"])
+            filler = theirs[:, -1:] if name == "input_ids" else torch.zeros_like(theirs[:, -1:])
+            both[name] = torch.cat([mine, torch.cat([filler.expand(-1, gap), theirs], 1)])
+        return both
 
     def kind_of(self, name: str, pass_: Pass) -> str:
         """What a space other than the main sequence is made of."""
@@ -260,14 +524,43 @@ class TransformersHost(PlainHost):
         return super().kind_of(name, pass_)
 
 
+def _features_of(output: Any) -> Any:
+    """Of a picture, in what `get_*_features` returned."""
+    features = getattr(output, "pooler_output", output)
+    return output.last_hidden_state if features is None else features
+
+
 class _Followed:
     """A cache whose rows a sequence follows."""
 
     _saccade_sequence: Sequence
+    _saccade_branches: tuple[Open, ...] | list[Open] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the cache that it was."""
+        state = {name: value for name, value in self.__dict__.items() if not name.startswith("_saccade")}
+        return _empty, (type(self).__mro__[2],), state
+
+    def get_mask_sizes(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        own: Any = getattr(self, "self_attention_cache", self)
+        for layer in own.layers:
+            if isinstance(layer, TrackedLayer):
+                layer.check()
+        return super().get_mask_sizes(*args, **kwargs)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> Any:
-        result = super().reorder_cache(beam_idx)  # type: ignore[misc]
+        inside = [branch for branch in self._saccade_branches if branch.cache is None]
+        rows = beam_idx.numel()
+        every = torch.cat([beam_idx + rows * group for group in range(1 + len(inside))])
+        result = super().reorder_cache(every)  # type: ignore[misc]
         self._saccade_sequence.reorder(beam_idx)
+        for branch in self._saccade_branches:
+            branch.reorder(beam_idx)
         return result
 
     def batch_repeat_interleave(self, repeats: int) -> Any:
@@ -287,20 +580,35 @@ class _Followed:
         return result
 
 
+def _empty(cls: Any) -> Any:
+    return cls.__new__(cls)
+
+
 @functools.cache
 def _followed(cls: type) -> type:
     return type(cls.__name__, (_Followed, cls), {"__module__": cls.__module__})
 
 
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """Of the model and all that is in it."""
+    own = (module.config for module in model.modules() if isinstance(module, PreTrainedModel))
+    return list({id(config): config for config in own}.values())
+
+
 def _vocabulary(config: Any, text_config: Any) -> Vocabulary:
-    placeholders = {}
+    placeholders: dict[str, int] = {}
     for kind, names in PLACEHOLDERS.items():
-        found = next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
-        if found is not None:
+        own = getattr(config, f"{kind if kind == 'audio' else 'vision'}_config", None)  # some keep it there
+        found = next(
+            (v for c in (config, own) for n in names if isinstance(v := getattr(c, n, None), int)), None
+        )
+        if found is not None and found not in placeholders.values():
             placeholders[kind] = found
     special: set[int] = set()
     for source in (config, text_config):
         for name in SPECIAL_IDS:
             value = getattr(source, name, None)
-            special.update(v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
+            special.update(
+                v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int)
+            )
     return Vocabulary(placeholders, frozenset(special - set(placeholders.values())))
