@@ -1,0 +1,45 @@
+"""Weights of tokens on the picture that the tokens were cut from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def on_picture(weights: Tensor, boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """Weights (tokens,) with boxes (tokens, 4) in a picture of `size` (width, height), as (rows, columns).
+
+    Each is spread evenly over the part of its box that lies in the picture, so the sum stays; what overlaps
+    adds up, and tokens without a box are left out.
+    """
+    placed = boxes.isfinite().all(-1)
+    weights, boxes = weights[placed].double(), boxes[placed].double()
+    x = _overlap(boxes[:, 0], boxes[:, 2], size[0], shape[1])
+    y = _overlap(boxes[:, 1], boxes[:, 3], size[1], shape[0])
+    area = x.sum(1) * y.sum(1)
+    density = torch.where(area > 0, weights / area.clamp_min(1e-12), 0)
+    return (y * density[:, None]).T @ x
+
+
+def covered(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """The cells (rows, columns) most of which boxes cover, bool."""
+    placed = boxes[boxes.isfinite().all(-1)].double()
+    x = _overlap(placed[:, 0], placed[:, 2], size[0], shape[1])
+    y = _overlap(placed[:, 1], placed[:, 3], size[1], shape[0])
+    return (y.T @ x) * shape[0] * shape[1] > 0.5 * size[0] * size[1]
+
+
+def cells(boxes: Tensor, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that are as coarse as the tokens are."""
+    placed = boxes[boxes.isfinite().all(-1)].double()
+    rows, columns = (
+        max(1, round(size[i] / max(1.0, float((placed[:, i + 2] - placed[:, i]).quantile(0.25)))))
+        for i in (1, 0)
+    )
+    return rows, columns
+
+
+def _overlap(low: Tensor, high: Tensor, size: int, count: int) -> Tensor:
+    """Length of every interval inside of every cell that `size` is divided into: (intervals, cells)."""
+    edges = torch.linspace(0, size, count + 1, dtype=low.dtype, device=low.device)
+    return (torch.minimum(high[:, None], edges[1:]) - torch.maximum(low[:, None], edges[:-1])).clamp_min(0)
