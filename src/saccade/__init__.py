@@ -13,26 +13,37 @@ if TYPE_CHECKING:
     from saccade.catalog import methods
     from saccade.core.call import AttentionCall
     from saccade.core.card import Card
+    from saccade.core.driver import Driver, Experiment
     from saccade.core.errors import SaccadeError
     from saccade.core.layout import Layout
     from saccade.core.method import Method, option
+    from saccade.core.question import Answer, Question
     from saccade.core.record import Recording
+    from saccade.core.recorder import Record
     from saccade.core.session import Session, attach
     from saccade.core.site import Site
+    from saccade.examining import Diagnosis, doctor
     from saccade.looking import ask, look
     from saccade.stack import load
 
 __all__ = [
+    "Answer",
     "AttentionCall",
     "Card",
+    "Diagnosis",
+    "Driver",
+    "Experiment",
     "Layout",
     "Method",
+    "Question",
+    "Record",
     "Recording",
     "SaccadeError",
     "Session",
     "Site",
     "ask",
     "attach",
+    "doctor",
     "load",
     "look",
     "methods",
@@ -40,16 +51,23 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answer": "core.question",
     "AttentionCall": "core.call",
     "Card": "core.card",
+    "Diagnosis": "examining",
+    "Driver": "core.driver",
+    "Experiment": "core.driver",
     "Layout": "core.layout",
     "Method": "core.method",
+    "Question": "core.question",
+    "Record": "core.recorder",
     "Recording": "core.record",
     "SaccadeError": "core.errors",
     "Session": "core.session",
     "Site": "core.site",
     "ask": "looking",
     "attach": "core.session",
+    "doctor": "examining",
     "load": "stack",
     "look": "looking",
     "methods": "catalog",
@@ -60,7 +78,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if home := _HOMES.get(name):
         value = getattr(import_module(f"saccade.{home}"), name)
-    elif name[0].isupper():
+    elif name[:1].isupper():
         value = import_module("saccade.catalog").load_named(name)
     else:
         raise AttributeError(f"module 'saccade' has no attribute {name!r}")

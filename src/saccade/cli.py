@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     look.add_argument("image", metavar="IMAGE")
     look.add_argument("--ask", required=True, metavar="QUESTION", dest="question")
+    look.add_argument(
+        "--word", metavar="W", help="for this word of the answer or question (default: the answer)"
+    )
     look.add_argument("--plain", action="store_true", help="draw in the terminal (also when there is no -o)")
     look.add_argument("-o", "--out", metavar="FILE", help="overlay (.png, .jpg) or recording (.safetensors)")
 
@@ -94,11 +97,28 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--compare", action="store_true", help="answer without the stack too")
 
-    for sub in (look, ask):
-        sub.add_argument("--with", dest="stack", metavar="STACK", help='joined by "+", or a .stack file')
+    doctor = command(
+        "doctor",
+        _doctor,
+        "Say what is reachable in a model, and what each method would miss.",
+        "saccade doctor llava-hf/llava-1.5-7b-hf --dtype bfloat16",
+    )
+    doctor.add_argument("model", metavar="MODEL", help="embedded, folder or hub id")
+    doctor.add_argument("--json", action="store_true", help="the diagnosis as JSON")
+    doctor.add_argument("--no-pass", action="store_true", help="do not run the model")
+
+    for sub in (look, ask, doctor):
         model = sub.add_argument_group("model").add_argument
-        model("--model", default="world/vlm", metavar="M", help="embedded, folder or hub id (%(default)s)")
-        model("--dtype", metavar="T", help="float32, bfloat16, float16 (default: the model's own)")
+        if sub is not doctor:
+            sub.add_argument("--with", dest="stack", metavar="STACK", help='joined by "+", or a .stack file')
+            model(
+                "--model", default="world/vlm", metavar="M", help="embedded, folder or hub id (%(default)s)"
+            )
+        model(
+            "--dtype",
+            metavar="T",
+            help="float32, bfloat16, float16 (default: the model's own; no float16 on a CPU)",
+        )
         model("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: what there is)")
         model("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -177,7 +197,12 @@ def _use(entry: Entry, options: list[Option]) -> str:
             continue
         stack += f"({option.name}={value})"
         break
-    return f"saccade ask IMAGE \"...\" --with '{stack}'\n  sc.attach(model, sc.load({stack!r}))"
+    ask = f"saccade ask IMAGE \"...\" --with '{stack}'\n  "
+    return {
+        "method": f"{ask}sc.attach(model, sc.load({stack!r}))",
+        "driver": f"{ask}sc.ask(model, processor, image, question, stack={stack!r})",
+        "experiment": f"sc.{entry.class_name}().run()",
+    }[entry.card.kind]
 
 
 def _look(args: argparse.Namespace) -> int:
@@ -192,12 +217,21 @@ def _look(args: argparse.Namespace) -> int:
     model, processor = _model(args)
     recording = looking.look(model, processor, image, args.question, stack=stack)
     if args.plain or not args.out:
-        print(recording.plain(width=_width()))
+        print(recording.plain(args.word, _width(), colour=_colour()))
+    else:
+        print(recording.answer())
     if suffix == ".safetensors":
         recording.save(args.out)
     elif args.out:
-        recording.overlay().save(args.out)
+        _write(recording.overlay(args.word), args.out)
     return 0
+
+
+def _write(image: Image, path: str) -> None:
+    try:
+        image.save(path)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written: {e}.", "Give a path in a folder of yours.") from e
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -217,6 +251,17 @@ def _ask(args: argparse.Namespace) -> int:
     for title, chosen in (("without", None), (f"with {stack}", stack)):
         print(f"{_bold(title)}\n{_filled(answer(chosen), '  ', '  ')}")
     return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from saccade import examining, loading
+
+    model, processor = loading.load_model(
+        args.model, args.dtype, args.device, args.trust_remote_code, any_kind=True
+    )
+    diagnosis = examining.doctor(model, processor, run=not args.no_pass)
+    print(diagnosis.json() if args.json else diagnosis.plain(_width()))
+    return 0 if diagnosis.healthy else 1
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -258,7 +303,11 @@ def _width() -> int:
 
 
 def _bold(text: str) -> str:
-    return f"\033[1m{text}\033[0m" if sys.stdout.isatty() and not os.environ.get("NO_COLOR") else text
+    return f"\033[1m{text}\033[0m" if _colour() else text
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def _filled(text: str, first: str = "", rest: str = "") -> str:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from saccade.catalog import ROOT, load_class
+from saccade.core.driver import crowded
 from saccade.core.errors import OptionError, SaccadeError, StackError, UnknownMethodError, nearest
-from saccade.core.method import Method, check_option
+from saccade.core.system import System, check_option
 
 CONSTANTS = {"true": True, "True": True, "false": False, "False": False, "none": None, "None": None}
 ESCAPES = {"n": "\n", "r": "\r", "t": "\t"}
@@ -35,8 +36,9 @@ TEXT = re.compile(r'"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'", re.DOTALL)
 DEEPEST = 8
 
 
-class Stack(tuple[Method, ...]):
-    """Methods in the order in which they act. Equal when made of equal methods with equal options."""
+class Stack(tuple[System, ...]):
+    """Methods in the order in which they act, and at most one driver. Equal when made of equal ones
+    with equal options."""
 
     def __str__(self) -> str:
         return "+".join(map(written, self))
@@ -76,7 +78,7 @@ def load(text_or_path: str | os.PathLike[str], root: Path = ROOT) -> Stack:
     return _parse(text, root, f"{text_or_path}")
 
 
-def written(method: Method) -> str:
+def written(method: System) -> str:
     """The notation of one method: the options that differ from their defaults."""
     given = []
     for field in _init_fields(type(method)).values():
@@ -285,16 +287,21 @@ class _Reader:
 
 def _parse(text: str, root: Path, source: str = "") -> Stack:
     reader = _Reader(text, source)
-    return Stack(_build(reader, method, root) for method in reader.stack())
+    methods = reader.stack()
+    stack = Stack(_build(reader, method, root) for method in methods)
+    if wrong := crowded(stack):
+        at, error = wrong
+        raise reader.error(StackError, error.problem, error.remedy, methods[at].span)
+    return stack
 
 
-def _build(reader: _Reader, method: _Written, root: Path) -> Method:
+def _build(reader: _Reader, method: _Written, root: Path) -> System:
     slug, span = method.slug, method.span
     try:
         cls = load_class(slug, root)
     except UnknownMethodError as e:
         raise reader.error(UnknownMethodError, e.problem, e.remedy, span) from None
-    if not issubclass(cls, Method):
+    if not issubclass(cls, System):
         remedy = f"Build it in Python: saccade.{cls.__name__}"
         raise reader.error(StackError, f"{slug} is not a thing to attach.", remedy, span)
     known = _init_fields(cls)
@@ -406,5 +413,5 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def _identity(method: Method) -> tuple[type, dict[str, Any]]:
+def _identity(method: System) -> tuple[type, dict[str, Any]]:
     return type(method), {name: getattr(method, name) for name in _init_fields(type(method))}
