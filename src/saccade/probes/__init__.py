@@ -1,0 +1,1 @@
+"""Methods that read: where a model looks, and which heads do it."""

@@ -1,0 +1,1 @@
+"""Methods that spend less: fewer tokens, fewer cache entries, sparser attention."""

@@ -1,0 +1,1 @@
+"""What the reductions are made of: importance, budget, choice."""

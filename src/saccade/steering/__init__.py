@@ -1,0 +1,1 @@
+"""Methods that move attention, hidden states or predictions at inference."""

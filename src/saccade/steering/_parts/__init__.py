@@ -1,0 +1,1 @@
+"""What the steering methods are made of: rules, mixes, plausibility."""
