@@ -90,3 +90,11 @@ def test_it_generates(f: Family) -> None:
     )
     assert len(made.logits) == 3
     assert all(logits.isfinite().all() for logits in made.logits)
+
+
+@pytest.mark.parametrize("f", select("generates"))
+def test_eager_attention_agrees(f: Family) -> None:
+    inputs = f.inputs()
+    torch.testing.assert_close(
+        run(f.build(attn_implementation="eager"), inputs), run(f.build(), inputs), atol=1e-4, rtol=1e-4
+    )

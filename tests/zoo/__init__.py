@@ -1,6 +1,6 @@
 """The test zoo: tiny random models of real architectures, with real processors, nothing downloaded."""
 
-from . import generators, text, timm_torch, vision, vlm
+from . import generators, text, timm_torch, vision, vlm, vlm_more
 from .base import FAMILIES, Family, family, run, select
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "timm_torch",
     "vision",
     "vlm",
+    "vlm_more",
 ]

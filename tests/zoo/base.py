@@ -38,7 +38,8 @@ class Family:
 
     `inputs` takes `batch=` everywhere but in "vlm" families, where it takes `images=(1, 1)`, the number of
     pictures of each sample, and `side=`, the padding side. `prompt(n_images, question, videos=0)` gives text
-    for `processor()`. Whatever lacks a package skips the running test.
+    for `processor()`. `build(attn_implementation="eager")` chooses for models of transformers. What lacks a
+    package skips the running test.
     """
 
     name: str

@@ -42,6 +42,36 @@ def flux_inputs(batch: int = 2, side: int = 4) -> dict[str, Any]:
     }
 
 
+def sdxl_inputs(batch: int = 2) -> dict[str, Any]:
+    added = {"text_embeds": noise(batch, 16, seed=4), "time_ids": torch.full((batch, 6), 16.0)}
+    return {**unet_inputs(batch), "added_cond_kwargs": added}
+
+
+def captioned(batch: int = 2) -> dict[str, Any]:
+    """A picture's latents and a caption whose last two tokens are padding."""
+    mask = torch.arange(TEXT_LENGTH).repeat(batch, 1) < TEXT_LENGTH - 2
+    return {
+        "hidden_states": noise(batch, 4, 16, 16),
+        "encoder_hidden_states": noise(batch, TEXT_LENGTH, 32, seed=3),
+        "encoder_attention_mask": mask.long(),
+        "timestep": torch.full((batch,), 5),
+    }
+
+
+def clip_inputs(batch: int = 2) -> dict[str, Any]:
+    """Three frames of latents."""
+    return {
+        "hidden_states": noise(batch, 4, 3, 8, 8),
+        "encoder_hidden_states": noise(batch, TEXT_LENGTH, 32, seed=3),
+        "timestep": torch.full((batch,), 5),
+    }
+
+
+def cogvideox_inputs(batch: int = 2) -> dict[str, Any]:
+    inputs = clip_inputs(batch)
+    return {**inputs, "hidden_states": inputs["hidden_states"].transpose(1, 2)}
+
+
 denoiser = partial(register, needs=("diffusers",))
 
 
@@ -94,4 +124,99 @@ def flux() -> Any:
         pooled_projection_dim=16,
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
+    )
+
+
+@denoiser("sdxl", "unet", "diffusers", inputs=sdxl_inputs, slow=True)
+def sdxl() -> Any:
+    """Two transformer blocks where the picture is small, and conditions beside the text."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=64,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+@denoiser("pixart", "dit", "diffusers", "cross", inputs=captioned, slow=True)
+def pixart() -> Any:
+    from diffusers import PixArtTransformer2DModel
+
+    return PixArtTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=32,
+        caption_channels=32,
+        norm_num_groups=8,
+        use_additional_conditions=False,
+    )
+
+
+@denoiser("sana", "dit", "diffusers", "cross", inputs=captioned, slow=True)
+def sana() -> Any:
+    """Its self-attention is linear: no softmax, no weights; its cross-attention is the usual one."""
+    from diffusers import SanaTransformer2DModel
+
+    return SanaTransformer2DModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=32,
+    )
+
+
+@denoiser("wan", "dit", "diffusers", "cross", inputs=clip_inputs, slow=True)
+def wan() -> Any:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=32,
+        freq_dim=16,
+        ffn_dim=48,
+        rope_max_seq_len=32,
+    )
+
+
+@denoiser("cogvideox", "dit", "diffusers", inputs=cogvideox_inputs, slow=True)
+def cogvideox() -> Any:
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        time_embed_dim=16,
+        text_embed_dim=32,
+        sample_width=8,
+        sample_height=8,
+        sample_frames=9,
+        max_text_seq_length=TEXT_LENGTH,
     )

@@ -52,7 +52,8 @@ def qwen3() -> Any:
 @decoder("gemma2", "llm", "generates", "sliding", "softcap")
 def gemma2() -> Any:
     caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
-    return T.Gemma2ForCausalLM, T.Gemma2Config(**TEXT, **ALTERNATING, **caps, head_dim=16)
+    eager = {"attn_implementation": "eager"}  # SDPA has no softcap: refused, or in older versions ignored
+    return T.Gemma2ForCausalLM, T.Gemma2Config(**TEXT, **ALTERNATING, **caps, **eager, head_dim=16)
 
 
 @decoder("gpt_oss", "llm", "generates", "sliding", "sinks", "moe")
@@ -61,6 +62,90 @@ def gpt_oss() -> Any:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     return T.GptOssForCausalLM, T.GptOssConfig(
         **TEXT, **ALTERNATING, **experts, head_dim=16, rope_parameters=rope
+    )
+
+
+@decoder("gemma3n", "llm", "generates", "sliding", "softcap", "shared_keys")
+def gemma3n() -> Any:
+    """The last two layers read the keys of the two before them."""
+    extra = {
+        "vocab_size_per_layer_input": 512,
+        "hidden_size_per_layer_input": 8,
+        "laurel_rank": 8,
+        "altup_num_inputs": 2,
+    }
+    return T.Gemma3nForCausalLM, T.Gemma3nTextConfig(
+        **TEXT, **ALTERNATING, **extra, num_kv_shared_layers=2, head_dim=16, final_logit_softcapping=5.0
+    )
+
+
+@decoder("deepseek_v3", "llm", "generates", "latent", "moe")
+def deepseek_v3() -> Any:
+    """Keys and values from a small latent; queries and keys are wider than values."""
+    ranks = {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    }
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+    }
+    return T.DeepseekV3ForCausalLM, T.DeepseekV3Config(
+        **{**TEXT, "num_key_value_heads": 4}, **ranks, **experts, first_k_dense_replace=2
+    )
+
+
+hybrid = partial(register, inputs=tokens)
+"""Decoders in which only some layers attend; the others keep a state of one size."""
+
+
+@hybrid("lfm2", "llm", "generates", "hybrid")
+def lfm2() -> Any:
+    kinds = ["conv", "full_attention"] * 2
+    return T.Lfm2ForCausalLM, T.Lfm2Config(**TEXT, layer_types=kinds, block_multiple_of=32)
+
+
+@hybrid("jamba", "llm", "generates", "hybrid", "moe", slow=True)
+def jamba() -> Any:
+    periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4, "expert_layer_offset": 0}
+    return T.JambaForCausalLM, T.JambaConfig(**TEXT, **periods, use_mamba_kernels=False, mamba_d_state=8)
+
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+
+@hybrid("bamba", "llm", "generates", "hybrid", slow=True)
+def bamba() -> Any:
+    return T.BambaForCausalLM, T.BambaConfig(**TEXT, **MAMBA, attn_layer_indices=[1, 3])
+
+
+@hybrid("granitemoehybrid", "llm", "generates", "hybrid", "moe", slow=True)
+def granitemoehybrid() -> Any:
+    kinds = {"layer_types": ["mamba", "attention"] * 2, "position_embedding_type": "rope"}
+    experts = {"num_local_experts": 4, "shared_intermediate_size": 32}
+    return T.GraniteMoeHybridForCausalLM, T.GraniteMoeHybridConfig(
+        **TEXT, **MAMBA, **kinds, **experts, attention_multiplier=0.25
+    )
+
+
+@hybrid("qwen3_next", "llm", "generates", "hybrid", "moe", slow=True)
+def qwen3_next() -> Any:
+    linear = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    }
+    experts = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+    kinds = ["linear_attention", "full_attention"] * 2
+    return T.Qwen3NextForCausalLM, T.Qwen3NextConfig(
+        **TEXT, **linear, **experts, num_experts_per_tok=2, layer_types=kinds, head_dim=16
     )
 
 
@@ -112,6 +197,30 @@ def modernbert() -> Any:
 def t5() -> Any:
     return T.T5ForConditionalGeneration, T.T5Config(
         vocab_size=512, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0
+    )
+
+
+@register("bart", "encdec", "generates", "learned_positions", inputs=pairs, slow=True)
+def bart() -> Any:
+    depth = {
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+    }
+    widths = {"d_model": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "max_position_embeddings": 64}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return T.BartForConditionalGeneration, T.BartConfig(
+        vocab_size=512, **depth, **widths, **special, forced_eos_token_id=None
+    )
+
+
+@register("t5gemma", "encdec", "generates", "sliding", "softcap", inputs=pairs)
+def t5gemma() -> Any:
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
+    part = {**TEXT, **ALTERNATING, **caps, "head_dim": 16}
+    return T.T5GemmaForConditionalGeneration, T.T5GemmaConfig(
+        encoder=part, decoder=part, vocab_size=512, attn_implementation="eager"
     )
 
 

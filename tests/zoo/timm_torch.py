@@ -43,6 +43,24 @@ def timm_swin() -> nn.Module:
     return _timm("swin_tiny_patch4_window7_224", img_size=56, embed_dim=24, depths=(2, 1), num_heads=(2, 4))
 
 
+@eye("timm_maxvit", "timm", "vision", "windows", inputs=picture, slow=True)
+def timm_maxvit() -> nn.Module:
+    """Convolutions, then attention over windows, then over a grid with holes."""
+    from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitTransformerCfg
+
+    attention = MaxxVitTransformerCfg(dim_head=8, window_size=(4, 4), grid_size=(4, 4))
+    shape = MaxxVitCfg(
+        embed_dim=(16, 32), depths=(1, 1), block_type=("M", "M"), stem_width=16, transformer_cfg=attention
+    )
+    return MaxxVit(shape, img_size=32, num_classes=5)
+
+
+@eye("timm_davit", "timm", "vision", "windows", inputs=picture, slow=True)
+def timm_davit() -> nn.Module:
+    """Attention over windows, then between channels."""
+    return _timm("davit_tiny", depths=(1, 1), embed_dims=(16, 32), num_heads=(2, 4), window_size=4)
+
+
 @eye("timm_siglip", "timm", "vision", "pooling_head", inputs=picture)
 def timm_siglip() -> nn.Module:
     return _timm("vit_base_patch16_siglip_224", img_size=64, embed_dim=48, depth=2, num_heads=4)

@@ -256,10 +256,10 @@ def qwen_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, An
 
 
 def qwen_video(frames: int, stamped: bool = False) -> dict[str, Any]:
-    """Two frames make one step of 4 x 4 tokens; `stamped` puts every step between its own markers."""
+    """Two frames make one step of 4 x 4 tokens; `stamped` gives each step its time and its own markers."""
     steps = frames // 2
     if stamped:
-        clip = [token for _ in range(steps) for token in (150, START, *[VIDEO] * 16, END)]
+        clip = [START, *[150, START, *[VIDEO] * 16, END] * steps, END]
     else:
         clip = [START, *[VIDEO] * (16 * steps), END]
     ids = written([1], lambda _: clip, "left")
