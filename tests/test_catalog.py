@@ -162,7 +162,7 @@ def library(house):
     )
     house("vista", summary="Steer hidden states.", paper="Reducing Object Hallucinations (Li, 2025)")
     house("damro", doc="Subtracts outlier tokens so that objects are not hallucinated.")
-    house("oat", family="gaze", summary="A scanpath over objects.")
+    house("oat", family="gaze", summary="A scanpath over objects.", target="webcam")
     house("fastervlm", family="reduction", summary="Prune visual tokens by the class token.")
     house("attention_rollout", family="probes", summary="Multiply the maps of all layers.")
     house("variance", family="probes", summary="Spread of the maps.")
@@ -183,6 +183,7 @@ def library(house):
         ("sinks", ["var"]),
         ("var", ["var", "variance"]),
         ("scanpaths", ["oat"]),
+        ("webcam", ["oat"]),
         ("someone 2025", None),
     ],
 )

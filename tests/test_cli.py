@@ -139,7 +139,7 @@ def test_errors_are_told_without_a_traceback(run):
         run("show", "dimm", "--debug")
 
 
-@pytest.mark.parametrize("command", ["methods", "show", "look", "ask", "demo"])
+@pytest.mark.parametrize("command", ["methods", "show", "look", "ask", "doctor", "demo"])
 def test_the_help_of_every_command_has_an_example(command, run, capsys):
     with pytest.raises(SystemExit) as leaving:
         cli.main([command, "--help"])
@@ -168,9 +168,10 @@ def looking(monkeypatch, tmp_path):
         return "A cup." if stack else "A cat and a table."
 
     recording = SimpleNamespace(
-        plain=lambda word=None, width=0: f"[picture {width}]",
+        plain=lambda word=None, width=0, colour=False: f"[picture {width} of {word or 'all'}]",
+        answer=lambda: "A cat and a table.",
         save=lambda path: asked.append(("save", path)),
-        overlay=lambda: SimpleNamespace(save=lambda path: asked.append(("overlay", path))),
+        overlay=lambda word: SimpleNamespace(save=lambda path: asked.append((f"overlay of {word}", path))),
     )
     fake = SimpleNamespace(
         ask=answer,
@@ -206,10 +207,15 @@ def test_ask_compares(run, looking):
 
 
 def test_look_draws_or_writes(run, looking):
-    assert run("look", "cup.jpg", "--ask", "What?")[1] == "[picture 80]\n"
-    assert run("look", "cup.jpg", "--ask", "What?", "-o", "seen.png")[1] == ""
-    assert run("look", "cup.jpg", "--ask", "What?", "--plain", "-o", "r.safetensors")[1] == "[picture 80]\n"
-    assert [a for a in looking.asked if len(a) == 2] == [("overlay", "seen.png"), ("save", "r.safetensors")]
+    assert run("look", "cup.jpg", "--ask", "What?")[1] == "[picture 80 of all]\n"
+    said = run("look", "cup.jpg", "--ask", "What?", "--word", "cat", "-o", "seen.png")[1]
+    assert said == "A cat and a table.\n"
+    drawn = run("look", "cup.jpg", "--ask", "What?", "--plain", "-o", "r.safetensors")[1]
+    assert drawn == "[picture 80 of all]\n"
+    assert [a for a in looking.asked if len(a) == 2] == [
+        ("overlay of cat", "seen.png"),
+        ("save", "r.safetensors"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -261,9 +267,10 @@ def test_the_module_runs_as_a_process_without_torch():
 
 
 def test_a_closed_pipe_is_no_error():
-    listing = "from saccade import cli; cli.catalog.table = lambda *_: 'x' * 10**6; cli.catalog.methods = lambda *_: [1]"
-    code = f"{listing}; raise SystemExit(cli.main(['methods']))"
-    done = subprocess.run(
-        f'{sys.executable} -c "{code}" | head -c 1', shell=True, capture_output=True, text=True
+    code = (
+        "from saccade import catalog, cli; catalog.methods = lambda *_: [1]; "
+        "catalog.table = lambda *_: 'x' * 10**6; raise SystemExit(cli.main(['methods']))"
     )
+    line = f'{sys.executable} -c "{code}" | head -c 1'
+    done = subprocess.run(line, shell=True, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("x", "")

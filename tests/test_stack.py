@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saccade.core.errors import OptionError, SaccadeError, StackError, UnknownMethodError
+from saccade.core.method import EVENTS
 from saccade.stack import Stack, load
 
 METHODS = {
@@ -23,6 +24,7 @@ METHODS = {
         text: str = ""
         scale: float | None = None
         either: int | str = 0
+        share: float | int = 0.5
         pairs: tuple[tuple[int, float], ...] = ()
         span: tuple[int, int] = (0, 1)
         names: list[str] = field(default_factory=list)
@@ -111,6 +113,7 @@ def test_methods_in_order_with_their_options(root):
         ('text="true"', "text", "true"),
         ("either=last", "either", "last"),
         ("either=7", "either", 7),
+        ("share=7", "share", 7),  # a count stays a count
         ("heads=[0, 3]", "heads", (0, 3)),
         ("heads=[]", "heads", ()),
         ("pairs=[[1, 2], [3, .5]]", "pairs", ((1, 2.0), (3, 0.5))),
@@ -277,7 +280,9 @@ options = st.fixed_dictionaries(
         "by_layer": st.dictionaries(
             st.integers(), st.lists(st.integers(), max_size=2).map(tuple), max_size=3
         ),
-        "sites": texts | st.lists(texts, max_size=3).map(tuple) | st.dictionaries(texts, texts, max_size=3),
+        "sites": texts
+        | st.lists(texts, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from(EVENTS), texts, max_size=3),
         "heads": st.none() | st.lists(st.integers(), max_size=3).map(tuple),
     },
 )

@@ -1,0 +1,521 @@
+"""Entries that leave the cache: as if their keys were masked in every later step."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from dense import CLOSE, assert_follows, differs, generate, inputs_of, oracle, positions, recompute, subject
+from helpers import Exact, assert_as_good_as, greedy, method, shared, unchanged
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+from zoo import FAMILIES
+from zoo.base import words
+
+import saccade as sc
+from core.missing import FORMS, Evict, Leave, entries, evicted, gone, staying, together
+from core.test_tokens import asked, follow_beams, generating
+from saccade.core.cache import TrackedLayer
+from saccade.core.errors import AttachError, InputError, SaccadeError
+
+HEADS = {"gpt2": 4, "mllama": 2, "deepseek_v3": 1}
+"""Heads in the cache: where they are not two. A latent counts as one."""
+
+
+SHARED = ("gemma3n", "gemma4")
+READERS = {2: 0, 3: 1}
+"""Of these families, layers that read the entries of another."""
+
+
+def chosen(
+    name: str, inputs: dict[str, Tensor], form: str, layers: tuple[int, ...] = (0, 2)
+) -> dict[int, Tensor]:
+    return {layer: entries(inputs, form, layer, HEADS.get(name, 2)) for layer in layers}
+
+
+@pytest.mark.parametrize("name", [*generating(), *(pytest.param(n, marks=pytest.mark.slow) for n in SHARED)])
+@pytest.mark.parametrize("form", FORMS)
+def test_an_entry_that_left_is_a_key_that_later_steps_do_not_see(name: str, form: str) -> None:
+    model, inputs = subject(name), asked(name)
+    readers = READERS if name in SHARED else {}
+    keep, prompt = chosen(name, inputs, form, (0, 1) if readers else (0, 2)), inputs["input_ids"].shape[1]
+    with sc.attach(model, Evict(keep=keep, form=form)):
+        out = generate(model, inputs)
+    masks = evicted(keep, prompt)
+    masks |= {reader: masks[owner] for reader, owner in readers.items()}
+    wanted = recompute(oracle(name), inputs, out.sequences[:, prompt:], masks)
+    assert_follows(out, wanted, prompt)
+    assert differs(out, generate(model, inputs))
+    for layer, stays in keep.items():
+        held = out.past_key_values.layers[layer]
+        if held.sliding_window is None:
+            assert held.keys.shape[2] == int(stays.sum(-1).max()) + 3  # the last token was never fed
+        assert held.get_seq_length() == prompt + 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": True}, {"prefill_chunk_size": 9}], ids=["sampling", "chunks"]
+)
+@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "qwen3_vl", "gpt2"])
+def test_sampled_and_read_in_chunks(name: str, options: dict[str, Any]) -> None:
+    model, inputs = subject(name), asked(name)
+    keep, prompt = chosen(name, inputs, "ragged"), inputs["input_ids"].shape[1]
+    torch.manual_seed(3)
+    with sc.attach(model, Evict(keep=keep)):
+        out = generate(model, inputs, **options)
+    masks = evicted(keep, prompt, options.get("prefill_chunk_size"))
+    assert_follows(out, recompute(oracle(name), inputs, out.sequences[:, prompt:], masks), prompt)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)]
+)
+def test_beams_keep_what_their_sample_kept(name: str) -> None:
+    model, inputs = subject(name), asked(name)
+    keep, prompt = chosen(name, inputs, "ragged"), inputs["input_ids"].shape[1]
+    with sc.attach(model, Evict(keep=keep)):
+        out = generate(model, inputs, num_beams=3, num_return_sequences=2)
+    plain, masks = oracle(name), evicted(keep, prompt)
+    follow_beams(
+        out,
+        lambda i, answers, _: recompute(plain, inputs, answers, masks),
+        prompt,
+        inputs["input_ids"].shape[0],
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_what_each_beam_evicts_goes_with_it_when_beams_change_places(name: str) -> None:
+    """In every step every row drops another entry of another head; the oracle follows the rows' history."""
+    model, inputs = subject(name), asked(name)
+    samples, prompt = inputs["input_ids"].shape
+    first, span = (2, 20) if name == "llama" else (prompt - 5, 8)
+
+    def drop(row: int, step: int) -> tuple[int, int]:
+        """Head and position that a row drops after a step."""
+        return (row + step) % 2, first + (7 * row + 3 * step) % span
+
+    def evict(call: Any, cache: TrackedLayer) -> Tensor:
+        step = call.pass_.start - prompt + 1
+        pos = cache.positions()
+        pos = (pos[:, None] if pos.ndim == 2 else pos).expand(-1, 2, -1)
+        slots = torch.arange(pos.shape[-1]).expand_as(pos).clone()
+        for row in range(pos.shape[0]):
+            head, position = drop(row, step)
+            slots[row, head][pos[row, head] == position] = -1
+            assert bool((pos[row] >= 0).any())
+        return slots
+
+    thin = method(evict=evict)(sites="text.1.self", phases=("decode",))
+    steps = 7
+    with sc.attach(model, thin):
+        out = generate(model, inputs, steps, num_beams=3, num_return_sequences=3)
+    came = out.beam_indices.view(samples, -1, steps)
+    plain = oracle(name)
+
+    def wanted(i: int, answers: Tensor, _: Tensor) -> Tensor:
+        hidden = torch.zeros(samples, 2, prompt + steps, prompt + steps, dtype=torch.bool)
+        for row in range(samples):
+            for step in range(1, steps):
+                head, position = drop(int(came[row, i, step]), step)
+                hidden[row, head, prompt + step :, position] = True
+        return recompute(plain, inputs, answers, {1: hidden})
+
+    follow_beams(out, wanted, prompt, samples)
+    moved = (came[:, :, 1:] != came[:, :, :-1]).sum()
+    assert moved > samples
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "qwen2_5_vl", "gemma3"])
+def test_later_turns_go_on_without_them(name: str) -> None:
+    """Tokens leave between layers, entries leave by head; then more is said, twice."""
+    model, inputs = subject(name), asked(name)
+    prompt = inputs["input_ids"].shape[1]
+    leave, keep = {1: staying(inputs, 1, 0.7)}, chosen(name, inputs, "ragged")
+    plain = oracle(name)
+    masks = together(gone(leave), evicted(keep, prompt))
+    with sc.attach(model, Leave(keep=leave), Evict(keep=keep)):
+        out = generate(model, inputs)
+        assert_follows(out, recompute(plain, inputs, out.sequences[:, prompt:], masks), prompt)
+        for turn in (1, 2):
+            said = torch.cat([out.sequences, words(2, 5, seed=turn)], 1)
+            asked_now = {"input_ids": said, "attention_mask": whole_mask(inputs, said)}
+            for kind in ("token_type_ids", "mm_token_type_ids"):
+                if kind in inputs:
+                    asked_now[kind] = nn.functional.pad(inputs[kind], (0, said.shape[1] - prompt))
+            out = generate(model, asked_now, past_key_values=out.past_key_values)
+            wanted = recompute(plain, inputs, out.sequences[:, prompt:], masks)
+            assert_follows(out, wanted, said.shape[1])
+
+
+def whole_mask(inputs: dict[str, Tensor], ids: Tensor) -> Tensor:
+    mask = inputs["attention_mask"]
+    return nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+
+
+def test_entries_of_later_turns_leave_too() -> None:
+    model, inputs = subject("llama"), asked("llama")
+    prompt = inputs["input_ids"].shape[1]
+    keep = {1: entries(inputs, "ragged", 5)}
+    with sc.attach(model, Evict(keep=keep)):
+        out = generate(model, inputs)
+        said = torch.cat([out.sequences, words(2, 5)], 1)
+        wider = nn.functional.pad(keep[1], (0, said.shape[1] - prompt), value=True)
+        wider[:, 0, prompt + 2] = wider[1, 1, prompt + 5] = False
+        after = {1: wider}
+    with sc.attach(model, Evict(keep=after)):
+        asked_now = {"input_ids": said, "attention_mask": whole_mask(inputs, said)}
+        out = generate(model, asked_now, past_key_values=out.past_key_values)
+    masks = spread_to(evicted(keep, prompt), said.shape[1])
+    masks = together(masks, evicted(after, said.shape[1]))
+    wanted = recompute(oracle("llama"), {"input_ids": said, "attention_mask": whole_mask(inputs, said)},
+                       out.sequences[:, said.shape[1] :], masks)  # fmt: skip
+    assert_follows(out, wanted, said.shape[1])
+
+
+def spread_to(masks: dict[int, Tensor], tokens: int) -> dict[int, Tensor]:
+    """The same for a longer prompt, with its further last row."""
+    found = {}
+    for layer, hidden in masks.items():
+        missing = tokens - hidden.shape[3]
+        hidden = nn.functional.pad(hidden, (0, missing))
+        found[layer] = torch.cat([hidden, hidden[:, :, -1:].expand(-1, -1, missing, -1)], 2)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_5_vl"])
+def test_words_may_be_taken_back(name: str) -> None:
+    """A loop by hand takes back three tokens of a thinned cache and says others."""
+    model, inputs = subject(name), asked(name)
+    prompt = inputs["input_ids"].shape[1]
+    keep = chosen(name, inputs, "ragged")
+    with sc.attach(model, Evict(keep=keep)), Exact(), torch.no_grad():
+        out = generate(model, inputs)
+        cache = out.past_key_values
+        cache.crop(-2)
+        answer = torch.cat([out.sequences[:, prompt : prompt + 1], words(2, 3)], 1)
+        asked_now = {"input_ids": torch.cat([inputs["input_ids"], answer], 1)}
+        asked_now["attention_mask"] = whole_mask(inputs, asked_now["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            asked_now["mm_token_type_ids"] = nn.functional.pad(inputs["mm_token_type_ids"], (0, 4))
+        again = generate(model, asked_now, past_key_values=cache)
+    wanted = recompute(oracle(name), inputs, again.sequences[:, prompt:], evicted(keep, prompt))
+    assert_follows(again, wanted, prompt + 4)
+
+
+@pytest.mark.parametrize("picked", [[1], [1, 0], [0, 0, 1]])
+def test_rows_of_a_thinned_cache_may_be_chosen(picked: list[int]) -> None:
+    model, inputs = subject("llama"), asked("llama")
+    prompt = inputs["input_ids"].shape[1]
+    keep, leave = chosen("llama", inputs, "ragged"), {1: staying(inputs, 1)}
+    rows = torch.tensor(picked)
+    new = words(len(picked), 1)
+    with sc.attach(model, Leave(keep=leave), Evict(keep=keep)), Exact(), torch.no_grad():
+        at = positions(inputs["attention_mask"])
+        cache = model(**inputs, position_ids=at, use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        cache.batch_select_indices(rows)
+        mask = nn.functional.pad(inputs["attention_mask"][rows], (0, 1), value=1)
+        got = model(
+            input_ids=new, attention_mask=mask, position_ids=at[rows][:, -1:] + 1, past_key_values=cache
+        ).logits
+        copied.batch_repeat_interleave(2)
+        twice = torch.tensor([0, 0, 1, 1])
+        mask = nn.functional.pad(inputs["attention_mask"][twice], (0, 1), value=1)
+        other = model(
+            input_ids=words(4, 1),
+            attention_mask=mask,
+            position_ids=at[twice][:, -1:] + 1,
+            past_key_values=copied,
+        ).logits
+    masks = together(gone(leave), evicted(keep, prompt))
+    for index, ids, logits in ((rows, new, got), (twice, words(4, 1), other)):
+        mine = {name: value[index] for name, value in inputs.items()}
+        wanted = recompute(
+            oracle("llama"), mine, ids, {layer: hidden[index] for layer, hidden in masks.items()}
+        )
+        assert float((logits[:, -1] - wanted[:, -1]).abs().max()) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eviction_loses_no_precision(dtype: torch.dtype) -> None:
+    """Of the step after it: the error beside that of the masked computation in the same precision."""
+    from dense import spread, without
+
+    inputs = asked("llama")
+    prompt = inputs["input_ids"].shape[1]
+    keep, new = chosen("llama", inputs, "ragged"), words(2, 1)
+    exact = recompute(oracle("llama"), inputs, new, evicted(keep, prompt))[:, -1]
+    at = positions(inputs["attention_mask"])
+    mask = nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    model, plain = shared("llama", dtype), shared("llama", dtype, "dense")
+    with torch.no_grad():
+        with sc.attach(model, Evict(keep=keep)):
+            cache = model(**inputs, position_ids=at, use_cache=True).past_key_values
+            later = {"input_ids": new, "attention_mask": mask, "position_ids": at[:, -1:] + 1}
+            got = model(**later, past_key_values=cache).logits[:, -1]
+        hidden = {layer: spread(t, prompt + 1) for layer, t in evicted(keep, prompt).items()}
+        ids = torch.cat([inputs["input_ids"], new], 1)
+        with without(plain, hidden):
+            theirs = plain(ids, attention_mask=mask, position_ids=torch.cat([at, at[:, -1:] + 1], 1)).logits[
+                :, -1
+            ]
+    assert_as_good_as(got, theirs, exact)
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def held_bytes(cache: Any) -> int:
+    """What the cache's own memory takes, views counted with all that they hold alive."""
+    storages = {}
+    for layer in cache.layers:
+        for t in (layer.keys, layer.values):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_eviction_frees_the_bytes_that_it_says(form: str) -> None:
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs(length=200)
+    keep = {layer: entries(inputs, form, layer) for layer in range(4)}
+    with sc.attach(model, Evict(keep=keep, form=form)), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        slots = sum(int(k.sum(-1).max()) for k in keep.values())
+        per_slot = 2 * 2 * 16 * 4 * 2  # rows, key heads, width, bytes of a number, keys and values
+        assert held_bytes(cache) == slots * per_slot
+        full = model(**FAMILIES["llama"].inputs(length=1), past_key_values=cache).past_key_values
+        assert held_bytes(full) == (slots + 4) * per_slot
+
+
+def test_nothing_keeps_what_was_evicted_alive() -> None:
+    import gc
+    import weakref
+
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs(length=50)
+    before: list[Any] = []
+
+    def evict(call: Any, cache: TrackedLayer) -> Tensor:
+        before.append(weakref.ref(cache.keys.untyped_storage()))
+        return torch.arange(10)
+
+    with sc.attach(model, method(evict=evict)(sites="text.*.self")) as session, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        gc.collect()
+        assert held_bytes(cache) == 4 * 10 * 2 * 2 * 16 * 4 * 2
+        alive = [
+            t for t in gc.get_objects() if isinstance(t, Tensor) and t.shape[-2:] == (50, 16) and t.ndim == 4
+        ]
+        assert not alive
+        assert session.sites
+
+
+# ---- outside of a session, and caches that cannot lose entries -----------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "llava", "gemma3"])
+@pytest.mark.parametrize("kind", ["tokens", "evict"])
+def test_a_thinned_cache_is_refused_outside_of_a_session(name: str, kind: str) -> None:
+    model, inputs = shared(name), FAMILIES[name].inputs()
+    reduce: Any = (
+        Leave(keep={2: staying(inputs, 1)})
+        if kind == "tokens"
+        else Evict(keep=chosen(name, inputs, "heads", (3,)))
+    )
+    with sc.attach(model, reduce) as session:
+        out = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+        ids = torch.cat([out.sequences, words(2, 3)], 1)
+        kept = copy.deepcopy(out.past_key_values)
+        with session.paused(), pytest.raises(SaccadeError, match="missing from this cache"):
+            model.generate(ids, past_key_values=copy.deepcopy(kept), max_new_tokens=2)
+        greedy(model, {"input_ids": ids}, 2, past_key_values=copy.deepcopy(kept))
+    for _ in range(2):
+        with pytest.raises(SaccadeError, match="missing from this cache"):
+            model(input_ids=words(2, 1), past_key_values=kept)
+    look = method(observe=lambda call: None)(sites="text.*.self")
+    with sc.attach(model, look), pytest.raises(SaccadeError, match="missing from this cache"):
+        model.generate(ids, past_key_values=kept, max_new_tokens=2)
+    with sc.attach(model, reduce):  # nothing was lost by asking
+        again = greedy(model, {"input_ids": ids}, 2, past_key_values=kept)
+    assert again.shape[1] == ids.shape[1] + 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss"])
+def test_a_cache_from_which_nothing_left_goes_on_without_us(name: str) -> None:
+    """Also where a window has forgotten its first entries."""
+    model, inputs = subject(name), asked(name)
+    stays = method(tokens=lambda call: None, evict=lambda call, cache: None)(
+        sites={"tokens": "text.*.layer", "evict": "text.*.self"}
+    )
+    bare = generate(model, inputs)
+    with sc.attach(model, stays):
+        out = generate(model, inputs)
+    ids = torch.cat([out.sequences, words(2, 5)], 1)
+    later = {"input_ids": ids, "attention_mask": whole_mask(inputs, ids)}
+    if "token_type_ids" in inputs:
+        later["token_type_ids"] = nn.functional.pad(
+            inputs["token_type_ids"], (0, ids.shape[1] - inputs["input_ids"].shape[1])
+        )
+    wanted = generate(model, later, past_key_values=bare.past_key_values)
+    got = generate(model, later, past_key_values=out.past_key_values)
+    assert torch.equal(got.sequences, wanted.sequences)
+    assert all(float((a - b).abs().max()) < CLOSE for a, b in zip(got.logits, wanted.logits, strict=True))
+    once_more = torch.cat([got.sequences, words(2, 3)], 1)  # and back inside
+    back = {"input_ids": once_more, "attention_mask": whole_mask(inputs, once_more)}
+    if "token_type_ids" in inputs:
+        back["token_type_ids"] = nn.functional.pad(
+            later["token_type_ids"], (0, once_more.shape[1] - ids.shape[1])
+        )
+    wanted = generate(model, back, past_key_values=wanted.past_key_values)
+    with sc.attach(model, stays):
+        got = generate(model, back, past_key_values=got.past_key_values)
+    assert all(float((a - b).abs().max()) < CLOSE for a, b in zip(got.logits, wanted.logits, strict=True))
+
+
+def half(call: Any, cache: TrackedLayer) -> Tensor:
+    return torch.arange(0, cache.keys.shape[2], 2)
+
+
+THIN = method(evict=half)
+
+
+def made_of(layer: str) -> Any:
+    """A cache whose layers are of a class of transformers that is no plain one."""
+    import transformers.cache_utils as C
+
+    kinds = {
+        "DynamicIndexedLayer": lambda: C.DynamicIndexedLayer(),
+        "LinearAttentionLayer": lambda: C.LinearAttentionLayer(),
+        "LinearAttentionAndFullAttentionLayer": lambda: C.LinearAttentionAndFullAttentionLayer(),
+    }
+    cache = DynamicCache()
+    cache.layers = [C.DynamicLayer(), *(kinds[layer]() for _ in range(3))]
+    return cache
+
+
+@pytest.mark.parametrize(
+    "kind", ["DynamicIndexedLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer"]
+)
+def test_layers_of_other_kinds_are_refused_by_name(kind: str) -> None:
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs()
+    cache = made_of(kind)
+    before = [type(layer) for layer in cache.layers]
+    with unchanged(model), sc.attach(model, THIN(sites="text.*.self")), pytest.raises(InputError, match=kind):
+        model(**inputs, past_key_values=cache)
+    assert [type(layer) for layer in cache.layers] == before
+
+
+def test_static_and_offloaded_caches_are_refused_by_name() -> None:
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs()
+    slow = shared("mistral"), FAMILIES["mistral"].inputs()
+    with sc.attach(model, THIN(sites="text.*.self")):
+        with pytest.raises(InputError, match="StaticLayer"):
+            model(**inputs, past_key_values=StaticCache(model.config, max_cache_len=64))
+        with pytest.raises(InputError, match="StaticLayer"):
+            greedy(model, inputs, 2, cache_implementation="static")
+        with pytest.raises(InputError, match="offloaded"):
+            offloaded = DynamicCache(config=model.config)
+            offloaded.offloading = True  # what the constructor sets where it finds a GPU
+            model(**inputs, past_key_values=offloaded)
+    with (
+        sc.attach(slow[0], THIN(sites="text.*.self")),
+        pytest.raises(InputError, match="StaticSlidingWindowLayer"),
+    ):
+        slow[0](**slow[1], past_key_values=StaticCache(slow[0].config, max_cache_len=64))
+    greedy(model, inputs, 2, cache_implementation="static")  # as before
+
+
+def test_a_quantised_cache_is_refused_by_name() -> None:
+    from transformers.cache_utils import DynamicLayer
+
+    class QuantizedLayer(DynamicLayer):
+        """As those of the library, which want a package of their own."""
+
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs()
+    cache = DynamicCache()
+    cache.layers = [QuantizedLayer() for _ in range(4)]
+    with sc.attach(model, THIN(sites="text.*.self")), pytest.raises(InputError, match="QuantizedLayer"):
+        model(**inputs, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("slots", "why"),
+    [
+        (torch.ones(24, dtype=torch.bool), "says nothing"),
+        (torch.arange(24).expand(3, -1), "says nothing"),
+        (torch.arange(24).expand(2, 3, -1), "says nothing"),
+        (torch.empty(0, dtype=torch.long), "says nothing"),
+        (torch.tensor([3, 24]), "cannot stay"),
+    ],
+)
+def test_slots_that_make_no_sense_are_named(slots: Tensor, why: str) -> None:
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs()
+    with (
+        sc.attach(model, method(evict=lambda call, cache: slots)(sites="text.1.self")),
+        pytest.raises(InputError, match=why),
+    ):
+        model(**inputs, use_cache=True)
+
+
+def test_two_methods_cannot_thin_out_one_layer() -> None:
+    with unchanged(shared("llama")), pytest.raises(AttachError, match="both thin out"):
+        sc.attach(shared("llama"), THIN(sites="text.*.self"), THIN(sites="text.1.self"))
+
+
+@pytest.mark.parametrize("name", ["mllama", "t5", "whisper"])
+def test_a_cache_of_cross_attention_cannot_be_thinned(name: str) -> None:
+    with unchanged(shared(name)), pytest.raises(AttachError, match="cross"):
+        sc.attach(shared(name), THIN(sites="text.*.cross"))
+
+
+# ---- encoder-decoders ----------------------------------------------------------------------------
+
+
+def test_whispers_own_cache_loses_entries() -> None:
+    model, inputs = subject("whisper"), inputs_of("whisper")
+    drop = {1, 2}
+
+    def evict(call: Any, cache: TrackedLayer) -> Tensor | None:
+        if call.phase == "prefill":
+            return None
+        pos = cache.positions()[0].tolist()
+        return torch.tensor(
+            [slot for slot, p in enumerate(pos) if p not in drop or p >= call.pass_.start - 1]
+        )
+
+    ids = inputs["decoder_input_ids"]
+    given = {"input_features": inputs["input_features"], "decoder_input_ids": ids}
+    with sc.attach(model, method(evict=evict)(sites="text.*.self")):
+        out = generate(model, given, 5)
+    prompt, plain = ids.shape[1], oracle("whisper")
+    answers = out.sequences[:, -5:]
+    tokens = prompt + 5
+    hidden = torch.zeros(2, 1, tokens, tokens, dtype=torch.bool)
+    hidden[:, :, prompt + 1 :, sorted(drop)] = True  # seen by the first step that decodes, then gone
+    modules = {
+        m.layer_idx: m
+        for p, m in plain.named_modules()
+        if p.startswith("model.decoder") and p.endswith("self_attn")
+    }
+    for layer, module in modules.items():
+        module.gone = hidden
+        assert layer in range(3)
+    try:
+        with Exact(), torch.no_grad():
+            wanted = plain(
+                input_features=inputs["input_features"],
+                decoder_input_ids=torch.cat([ids, answers], 1),
+                use_cache=False,
+            ).logits
+    finally:
+        for module in modules.values():
+            del module.gone
+    assert_follows(out, wanted, prompt)
+
+
+def test_a_term_for_every_distance_cannot_follow() -> None:
+    """T5 makes it from the number of entries."""
+    with unchanged(shared("t5")), pytest.raises(AttachError, match="position_bias"):
+        sc.attach(shared("t5"), THIN(sites="text.*.self"))
