@@ -1,0 +1,136 @@
+"""Interleaved ratios, peak memory, and the table that they go into."""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Variant = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure: the median over rounds of a variant's time over the bare one's of the same round."""
+
+    case: str
+    variant: str
+    ratio: float
+    low: float  # quartiles of the rounds' ratios
+    high: float
+    limit: float | None
+    milliseconds: float
+
+    @property
+    def verdict(self) -> str:
+        if self.limit is None:
+            return ""
+        if self.ratio <= self.limit:
+            return "holds"
+        return "cannot tell" if self.low <= self.limit else "missed"
+
+
+def interleaved(
+    case: str,
+    work: Callable[[], object],
+    variants: Mapping[str, Variant],
+    limits: Mapping[str, float],
+    rounds: int,
+) -> list[Row]:
+    """Run all variants once in every round, in a new order each time, the first one being bare. A variant is
+    entered, run once to warm up, and timed."""
+    base = next(iter(variants))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    draw = random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            with variants[name]():
+                work()
+                start = time.perf_counter()
+                work()
+                times[name].append(time.perf_counter() - start)
+    rows = []
+    for name, own in times.items():
+        ratios = [mine / bare for mine, bare in zip(own, times[base], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        rows.append(Row(case, name, middle, low, high, limits.get(name), 1e3 * statistics.median(own)))
+    return rows
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """How much this process grew at most while working. In a process that has worked before, freed memory
+    hides the growth: measure in a fresh one. (Linux)"""
+    gc.collect()
+    status = Path("/proc/self/status")
+    before = _kilobytes(status.read_text(), "VmRSS")
+    work()
+    return 1024 * (_kilobytes(status.read_text(), "VmHWM") - before)
+
+
+def in_fresh_process(module: str, *arguments: str) -> int:
+    """What `python -m module arguments` prints last, a number."""
+    command = [sys.executable, "-m", module, *arguments]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def _kilobytes(status: str, name: str) -> int:
+    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1])
+
+
+def machine() -> dict[str, str]:
+    names = ("torch", "transformers", "saccade")
+    return {
+        "cpu": next(
+            (
+                line.split(":")[1].strip()
+                for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if "model name" in line
+            ),
+            platform.processor(),
+        ),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def write(name: str, rows: list[Row], notes: Mapping[str, str]) -> Path:
+    """Rows as JSON, and as the table of the documentation."""
+    RESULTS.mkdir(exist_ok=True)
+    about = machine() | dict(notes)
+    data = {"about": about, "rows": [asdict(row) for row in rows]}
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1))
+    lines = [
+        f"# {name.capitalize()}",
+        "",
+        "Ratios of time to the first variant of each case, all run in turn in one process; median and quartiles.",
+        "",
+        *(f"- {key}: {value}" for key, value in about.items()),
+        "",
+        "| case | variant | ratio | quartiles | limit | | ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        limit = "" if row.limit is None else f"{row.limit:.2f}"
+        lines.append(
+            f"| {row.case} | {row.variant} | {row.ratio:.3f} | {row.low:.3f} to {row.high:.3f} | {limit} "
+            f"| {row.verdict} | {row.milliseconds:.2f} |"
+        )
+    path = RESULTS / f"{name}.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
