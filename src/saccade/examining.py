@@ -51,7 +51,7 @@ ROUNDING = 1e-5  # of the largest output: what a fused path that is off while we
 RANGES = {
     "torch": ("2.8", ""),
     "transformers": (private.KNOWN.split(" to ")[0], private.KNOWN.split(" to ")[1]),
-    "diffusers": ("0.35", ""),
+    "diffusers": ("0.42", ""),
     "timm": ("1.0.15", ""),
 }
 
