@@ -196,6 +196,16 @@ def test_a_thinned_cache_is_copied_and_pickled() -> None:
     assert torch.equal(logits[0], logits[2]) and torch.equal(logits[1], logits[2])
 
 
+def test_a_thinned_layer_takes_nothing_where_nobody_knows_of_it() -> None:
+    layer = filled()
+    layer.evict(torch.tensor([1, 2, 9]))
+    layer.attended = False
+    for call in (lambda: layer.update(noise(2, 2, 1, 4), noise(2, 2, 1, 4)), lambda: layer.get_mask_sizes(1)):
+        with pytest.raises(InputError, match="missing from this cache"):
+            call()
+    assert layer.keys.shape[2] == 3 and layer.seen == 10
+
+
 # ---- two caches in one ---------------------------------------------------------------------------
 
 

@@ -286,8 +286,9 @@ def test_a_picture_of_a_later_turn_is_chosen_from_too(name: str) -> None:
 
 
 def test_a_loop_by_hand_with_a_picture_in_its_second_step() -> None:
-    model, inputs, more = subject("llava"), inputs_of("llava"), inputs_of("llava")
-    choose, ids = Choose(), torch.cat([inputs_of("llava")["input_ids"]] * 2, 1)
+    """Which is not where the first one's was."""
+    model, inputs, more, choose = subject("llava"), inputs_of("llava"), inputs_of("llava"), Choose()
+    more["input_ids"] = torch.cat([words(2, 7), more["input_ids"][:, 2:]], 1)
     with sc.attach(model, choose), Exact(), torch.no_grad():
         out = model(**inputs, use_cache=True)
         keep = choose.kept(visual("llava", inputs))
@@ -297,10 +298,14 @@ def test_a_loop_by_hand_with_a_picture_in_its_second_step() -> None:
             pixel_values=more["pixel_values"],
             past_key_values=out.past_key_values,
         )
-    keep = torch.cat([keep, choose.kept(visual("llava", more))], 1)
+        words_only = model(input_ids=words(2, 3), past_key_values=late.past_key_values)
+    ids = torch.cat([inputs["input_ids"], more["input_ids"], words(2, 3)], 1)
+    after = torch.ones(2, 3, dtype=torch.bool)
+    keep = torch.cat([keep, choose.kept(visual("llava", more)), after], 1)
     pictures = torch.stack([inputs["pixel_values"], more["pixel_values"]], 1).flatten(0, 1)
     wanted = recompute(oracle("llava"), {"input_ids": ids, "pixel_values": pictures}, None, gone({0: keep}))
-    assert float((late.logits[:, -1] - wanted[:, -1]).abs().max()) < CLOSE
+    assert float((late.logits[:, -1] - wanted[:, -4]).abs().max()) < CLOSE
+    assert float((words_only.logits - wanted[:, -3:]).abs().max()) < CLOSE
 
 
 # ---- what an item knows --------------------------------------------------------------------------

@@ -515,6 +515,8 @@ def test_removal_loses_no_precision(name: str, dtype: torch.dtype) -> None:
 def test_a_peek_is_the_call_that_comes(name: str, options: dict[str, Any]) -> None:
     """After another removal below, in every chunk."""
     model, inputs = subject(name), asked(name) if name != "llama" else inputs_of(name)  # without padding
+    keep = {1: staying(inputs, 1)}
+    keep[1][:, :9] = True  # so that a later chunk is the first in which samples differ
     pairs: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     ahead: list[Any] = []
 
@@ -531,10 +533,10 @@ def test_a_peek_is_the_call_that_comes(name: str, options: dict[str, Any]) -> No
     looking = method(tokens=peek, observe=look)(
         sites={"tokens": "text.2.layer", "observe": "text.2.self"}, phases=phases
     )
-    bare = Leave(keep={1: staying(inputs, 1)})
+    bare = Leave(keep=keep)
     with sc.attach(model, bare):
         wanted = generate(model, inputs, **options)
-    with sc.attach(model, Leave(keep={1: staying(inputs, 1)}), looking):
+    with sc.attach(model, Leave(keep=keep), looking):
         out = generate(model, inputs, **options)
     assert len(pairs) >= 4 and not ahead
     for weights, later, values, v in pairs:
