@@ -51,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, about: str, example: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
+    def command(
+        name: str, run: Any, about: str, example: str, among: Any = commands
+    ) -> argparse.ArgumentParser:
+        sub = among.add_parser(
             name,
             help=about,
             description=about,
@@ -106,6 +108,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("model", metavar="MODEL", help="embedded, folder or hub id")
     doctor.add_argument("--json", action="store_true", help="the diagnosis as JSON")
     doctor.add_argument("--no-pass", action="store_true", help="do not run the model")
+
+    about = "The embedded world: drawn scenes, and what is true of them."
+    parts = commands.add_parser("world", help=about, description=about)
+    sheet = command(
+        "sheet",
+        _world_sheet,
+        "Draw a page of scenes with their boxes, captions, questions and answers.",
+        "saccade world sheet -o sheet.png --split broken",
+        parts.add_subparsers(metavar="COMMAND", required=True),
+    )
+    sheet.add_argument("-o", "--out", required=True, metavar="FILE", help=f"picture ({', '.join(PICTURES)})")
+    sheet.add_argument("--seed", type=int, default=0, metavar="N", help="of the first scene (%(default)s)")
+    sheet.add_argument("--count", type=int, default=12, metavar="N", help="scenes (%(default)s)")
+    sheet.add_argument(
+        "--split", default="test", metavar="S", help="train, calibration, test, broken (%(default)s)"
+    )
 
     for sub in (look, ask, doctor):
         model = sub.add_argument_group("model").add_argument
@@ -206,11 +224,7 @@ def _use(entry: Entry, options: list[Option]) -> str:
 
 
 def _look(args: argparse.Namespace) -> int:
-    suffix = os.path.splitext(args.out or "")[1].lower()
-    if args.out and suffix not in (*PICTURES, ".safetensors"):
-        raise InputError(
-            f"{args.out}: this kind of file cannot be written.", f"Use {', '.join(PICTURES)} or .safetensors."
-        )
+    suffix = _suffix(args.out, *PICTURES, ".safetensors") if args.out else ""
     image, stack = _image(args.image), _stack(args.stack)
     from saccade import looking
 
@@ -225,6 +239,16 @@ def _look(args: argparse.Namespace) -> int:
     elif args.out:
         _write(recording.overlay(args.word), args.out)
     return 0
+
+
+def _suffix(path: str, *known: str) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in known:
+        raise InputError(
+            f"{path}: this kind of file cannot be written.",
+            f"Use {', '.join(known[:-1])} or {known[-1]}.",
+        )
+    return suffix
 
 
 def _write(image: Image, path: str) -> None:
@@ -268,6 +292,14 @@ def _demo(args: argparse.Namespace) -> int:
     from saccade import looking
 
     looking.demo()
+    return 0
+
+
+def _world_sheet(args: argparse.Namespace) -> int:
+    _suffix(args.out, *PICTURES)
+    from saccade.world.sheet import sheet
+
+    _write(sheet(args.count, args.split, args.seed), args.out)
     return 0
 
 
