@@ -21,6 +21,14 @@ def on_picture(weights: Tensor, boxes: Tensor, size: tuple[int, int], shape: tup
     return (y * density[:, None]).T @ x
 
 
+def of_picture(values: Tensor, boxes: Tensor) -> Tensor:
+    """The mean of a picture's values (height, width) within every box, (tokens,): NaN for tokens without one."""
+    height, width = values.shape
+    x = _overlap(boxes[:, 0].double(), boxes[:, 2].double(), width, width)
+    y = _overlap(boxes[:, 1].double(), boxes[:, 3].double(), height, height)
+    return ((y @ values.double()) * x).sum(1) / (x.sum(1) * y.sum(1))
+
+
 def covered(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """The cells (rows, columns) most of which boxes cover, bool."""
     placed = boxes[boxes.isfinite().all(-1)].double()

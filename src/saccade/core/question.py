@@ -63,16 +63,9 @@ class Question:
 
 def prepare(processor: Any, images: Sequence[Image.Image], question: str) -> Any:
     """Inputs of the model for one turn, in the chat format where the processor has one."""
-    text = question
-    if getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+    text = written(processor, len(images), question)
     options: dict[str, Any] = {"images": list(images)} if images else {}
-    begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
-    if begin and text.startswith(begin):
-        options["add_special_tokens"] = False
+    options |= _begun(processor, text)
     try:
         return processor(text=text, return_tensors="pt", **options)
     except ValueError:
@@ -80,6 +73,45 @@ def prepare(processor: Any, images: Sequence[Image.Image], question: str) -> Any
             raise
         options["images"] = [list(images)]  # some take the pictures of each prompt as a list of their own
         return processor(text=[text], return_tensors="pt", **options)
+
+
+def prepare_batch(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+    """Inputs for several prompts, each with its own pictures, as many of them in each; padded on the left."""
+    options: dict[str, Any] = {"images": [list(own) for own in images]} if images[0] else {}
+    options |= _begun(processor, texts[0])
+    tokenizer = getattr(processor, "tokenizer", processor)
+    side = tokenizer.padding_side
+    tokenizer.padding_side = "left"  # no option, for a Q-former's tokenizer pads on the right
+    try:
+        return processor(text=list(texts), padding=True, return_tensors="pt", **options)
+    finally:
+        tokenizer.padding_side = side
+
+
+def written(processor: Any, images: int, question: str, earlier: Sequence[tuple[str, str]] = ()) -> str:
+    """The prompt of a conversation: pictures, what was asked and answered before, and the question."""
+    if not getattr(processor, "chat_template", None):
+        if earlier:
+            raise InputError(
+                f"{type(processor).__name__} has no chat template, without which there is one turn.",
+                "give it the template of its model: processor.chat_template = ...",
+            )
+        return question
+    asked = [text for text, _ in earlier] + [question]
+    turns = []
+    for number, text in enumerate(asked):
+        seen = [{"type": "image"} for _ in range(images if number == 0 else 0)]
+        turns.append({"role": "user", "content": [*seen, {"type": "text", "text": text}]})
+        if number < len(earlier):
+            said = [{"type": "text", "text": earlier[number][1]}]
+            turns.append({"role": "assistant", "content": said})
+    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def _begun(processor: Any, text: str) -> dict[str, Any]:
+    """Not to begin a text twice that the template has begun."""
+    begin = getattr(getattr(processor, "tokenizer", processor), "bos_token", None)
+    return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
 
 def pictures_of(image: Image.Image | Sequence[Image.Image] | None) -> list[Image.Image]:

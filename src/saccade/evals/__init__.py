@@ -1,0 +1,1 @@
+"""Tasks, and the rules by which answers are scored."""
