@@ -1,0 +1,1 @@
+"""How the world's models are trained: one recipe a file."""
