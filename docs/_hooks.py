@@ -1,13 +1,17 @@
-"""Makes the catalogue and API pages from the code while the site is built."""
+"""Makes the catalogue, API and benchmark pages from the code and its results while the site is built."""
 
+import ast
 import inspect
 from itertools import groupby
+from pathlib import Path
 
 from mkdocs.structure.files import File
 
 import saccade
 from saccade import catalog
+from saccade.core import errors
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SOURCE = """
     options:
       show_root_toc_entry: false
@@ -21,9 +25,21 @@ def on_files(files, config):
     entries = catalog.entries()
     pages = {"api.md": api(), "catalogue.md": overview([e.card for e in entries])}
     pages |= {f"catalogue/{e.card.slug}.md": page(e) for e in entries}
+    pages["benchmarks.md"] = benchmarks()
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
+    for plot in BENCHMARKS.glob("results/*.svg"):
+        files.append(File.generated(config, plot.name, content=plot.read_text()))
     return files
+
+
+def on_page_markdown(markdown, **_):
+    return markdown.replace("<!-- errors -->", kinds_of_errors())
+
+
+def kinds_of_errors() -> str:
+    kinds = errors.SaccadeError.__subclasses__()
+    return table(("error", "of what"), [(f"`{kind.__name__}`", inspect.getdoc(kind)) for kind in kinds])
 
 
 def api() -> str:
@@ -69,6 +85,22 @@ def page(entry) -> str:
         parts += ["## Choices", "\n".join(f"- {choice}" for choice in card.choices)]
     parts += ["## Options", table(("option", "default", "meaning", "allowed"), options)]
     parts += ["## Code", f"::: {entry.module}.{entry.class_name}{SOURCE}"]
+    return "\n\n".join(parts)
+
+
+def benchmarks() -> str:
+    """What every command says of itself, and what it found."""
+    parts = [
+        "# Benchmarks",
+        "Each section is the result of one command on one machine. A ratio is the median over rounds of a variant's "
+        "time over that of the first variant in the same round; dots are medians, lines go from quartile to "
+        "quartile. On one thread the clock is the CPU time of the process: on a machine that does nothing else "
+        "it is the wall time, and on any other it leaves out the neighbours.",
+    ]
+    for result in sorted(BENCHMARKS.glob("results/*.md")):
+        title, found = result.read_text().split("\n", 1)
+        told = ast.get_docstring(ast.parse((BENCHMARKS / f"{result.stem}.py").read_text()))
+        parts += [f"#{title}", told, found]
     return "\n\n".join(parts)
 
 
