@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from helpers import Exact, cast, shared
+from helpers import Exact, cast, shared, skip_blind_chunks
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
@@ -159,6 +159,7 @@ def spread(gone: Tensor, tokens: int) -> Tensor:
 
 def generate(model: Any, inputs: Mapping[str, Any], tokens: int = 4, **options: Any) -> Any:
     """A generation of exactly that many tokens, none of them special, with its raw logits."""
+    skip_blind_chunks(inputs, options)
     model.generation_config.pad_token_id = 0
     options = {"do_sample": False, **options}
     with Exact():

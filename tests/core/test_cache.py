@@ -161,6 +161,18 @@ def test_rows_are_chosen_with_their_positions() -> None:
     assert same(real(layer), [before[0]])
 
 
+def test_rows_are_chosen_where_a_window_holds_nothing() -> None:
+    layer = filled(5, window=2)
+    layer.incoming = (3, torch.full((2, 1), -1))  # none of three tokens stays
+    layer.update(noise(2, 2, 1, 4), noise(2, 2, 1, 4))
+    assert (layer.keys.shape[2], layer.get_seq_length()) == (0, 8)
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([3, 1, 0]))
+    keys = noise(3, 2, 1, 4)
+    layer.update(keys, keys)
+    assert torch.equal(layer.keys, keys) and layer.positions().tolist() == [[8]] * 3
+
+
 def test_reset_begins_anew() -> None:
     layer = filled(10, window=4)
     layer.evict(torch.tensor([1, 2]))

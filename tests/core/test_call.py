@@ -243,7 +243,7 @@ def plain_call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **op
     return AttentionCall(site, q, k, v, mask, operator=lambda call: call.q, pass_=pass_, **options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.sampled_from([1, 3]),
     groups=st.sampled_from([1, 2, 4]),

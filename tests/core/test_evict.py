@@ -69,6 +69,33 @@ def test_sampled_and_read_in_chunks(name: str, options: dict[str, Any]) -> None:
     assert_follows(out, recompute(oracle(name), inputs, out.sequences[:, prompt:], masks), prompt)
 
 
+def test_where_a_window_holds_nothing_there_is_nothing_to_judge() -> None:
+    """The prompt's last tokens left, and those before are out of sight."""
+    model, inputs = subject("mistral"), asked("mistral")
+    keep, prompt = entries(inputs, "ragged"), inputs["input_ids"].shape[1]
+    stays = torch.arange(prompt).expand(2, -1) < prompt - model.config.sliding_window
+    with sc.attach(model, Leave(keep={1: stays}), Evict(keep={1: keep})):
+        out = generate(model, inputs)
+    masks = together(gone({1: stays}), evicted({1: keep}, prompt))
+    wanted = recompute(oracle("mistral"), inputs, out.sequences[:, prompt:], masks)
+    assert float((torch.stack(out.logits[1:], 1) - wanted[:, prompt:-1]).abs().max()) < CLOSE
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_entries_are_judged_by_the_weights_as_edited(watched: bool) -> None:
+    """Whether or not somebody looks on."""
+    told: list[tuple[Tensor, Tensor]] = []
+    edit = method(weights=lambda call, w: w * 2)(sites="text.1.self", rows="last", heads=(1,))
+    judge = method(evict=lambda call, cache: told.append((call.weights(), call.weights(native=True))))
+    watch = [method(observe=lambda call: None)(sites="text.1.self")] if watched else []
+    with sc.attach(shared("llama"), edit, judge(sites="text.1.self"), *watch), torch.no_grad():
+        shared("llama")(**FAMILIES["llama"].inputs(), use_cache=True)
+    ((edited, native),) = told
+    wanted = native.clone()
+    wanted[:, 1, -1] *= 2
+    torch.testing.assert_close(edited, wanted)
+
+
 @pytest.mark.parametrize(
     "name", ["llama", "mistral", "qwen2_5_vl", pytest.param("gemma3", marks=pytest.mark.slow)]
 )
@@ -425,6 +452,18 @@ def test_static_and_offloaded_caches_are_refused_by_name() -> None:
     ):
         slow[0](**slow[1], past_key_values=StaticCache(slow[0].config, max_cache_len=64))
     greedy(model, inputs, 2, cache_implementation="static")  # as before
+
+
+def test_a_paged_cache_is_refused_by_name() -> None:
+    class PagedAttentionCache:
+        """As a batching that began before gives it to every forward."""
+
+    model, inputs = shared("llama"), FAMILIES["llama"].inputs()
+    with unchanged(model), sc.attach(model):
+        with pytest.raises(InputError, match="paged cache"):
+            model.generate_batch(inputs=[[150, 151], [152]], max_new_tokens=2)
+        with pytest.raises(InputError, match="paged cache"):
+            model(**inputs, cache=PagedAttentionCache())
 
 
 def test_a_quantised_cache_is_refused_by_name() -> None:

@@ -38,14 +38,16 @@ QUICK = {*FAST, "llava_next", "idefics3"} - {"mllama"}
 REFUSED = {"gemma4", "phi4_multimodal"}
 """Late layers read the last token alone; no features are given."""
 
+ELSEWHERE = {"blip2"}
+"""Their `generate()` makes the features without `get_image_features`, their forward with it."""
 
-def seeing(slow: bool = True) -> list[Any]:
+
+def seeing(*but: str) -> list[Any]:
     names = [f.values[0].name for f in select("vlm", "generates") if "cross" not in f.values[0].tags]
-    names = [name for name in names if name not in REFUSED]
     return [
         pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
         for name in names
-        if slow or name in QUICK
+        if name not in REFUSED.union(but)
     ]
 
 
@@ -80,7 +82,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", seeing())
+@pytest.mark.parametrize("name", seeing(*ELSEWHERE))
 @pytest.mark.parametrize("way", WAYS)
 def test_features_that_stay_behind_are_never_seen(name: str, way: str) -> None:
     if way == "chunks" and name in READ_WHOLE | RAW:
@@ -99,7 +101,7 @@ def test_features_that_stay_behind_are_never_seen(name: str, way: str) -> None:
         assert held.keys.shape[2] == int(keep.sum(1).max()) + 3 or held.sliding_window
 
 
-@pytest.mark.parametrize("name", [p for p in seeing() if p.values[0] != "gemma3"])
+@pytest.mark.parametrize("name", seeing("gemma3", *ELSEWHERE))
 def test_or_their_places_close_up(name: str) -> None:
     """As in a prompt that was made without them."""
     model, inputs = subject(name), asked(name)
@@ -407,6 +409,22 @@ def test_embeddings_in_place_of_ids_are_refused() -> None:
         ):
             with pytest.raises(InputError, match="inputs_embeds"):
                 call()
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "chunks"])
+def test_features_that_generate_makes_elsewhere_are_refused(name: str, way: str) -> None:
+    """Attaching does not know it: the forward gives features to choose from."""
+    model, inputs, choose = subject(name), asked(name), Choose()
+    bare = generate(model, inputs).sequences
+    with unchanged(model), sc.attach(model, choose):
+        with pytest.raises(InputError, match="which this call never made") as refusal:
+            generate(model, inputs, **WAYS[way])
+        assert "its generate() makes them without get_image_features" in refusal.value.remedy
+        with Exact(), torch.no_grad():
+            model(**inputs)
+    assert choose.items
+    assert torch.equal(generate(model, inputs).sequences, bare)
 
 
 def test_too_few_placeholders_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from zoo.base import words
 
 import saccade as sc
 from saccade.core.call import AttentionCall
+from saccade.core.errors import InputError
 from saccade.core.method import Method
+from saccade.core.seams import transformers as seam
 
 LLAMA = FAMILIES["llama"].inputs()
 
@@ -46,6 +49,24 @@ def test_without_a_cache_every_pass_is_a_prefill() -> None:
 def test_a_prefill_in_chunks_is_extended(name: str) -> None:
     seen = phases(shared(name), lambda model: greedy(model, LLAMA, 3, prefill_chunk_size=10))
     assert seen == [("prefill", 10), ("extend", 10), ("extend", 4), ("decode", 1), ("decode", 1)]
+
+
+@pytest.mark.parametrize("where", ["call", "config of the call", "config of the model"])
+def test_chunks_that_the_library_reads_without_pictures_are_refused(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(seam.transformers, "__version__", "5.22.9")
+    model, inputs = FAMILIES["llava"].build(), FAMILIES["llava"].inputs()
+    config: Any = copy.deepcopy(model.generation_config)
+    config.prefill_chunk_size = 10
+    options = {"call": {"prefill_chunk_size": 10}, "config of the call": {"generation_config": config}}
+    if where == "config of the model":
+        model.generation_config = config
+    words_alone = {key: inputs[key][:, -3:] for key in ("input_ids", "attention_mask")}
+    with unchanged(model), sc.attach(model):
+        greedy(model, words_alone, 2, **options.get(where, {}))
+        with pytest.raises(InputError, match="without its pictures"):
+            model.generate(**inputs, **options.get(where, {}))
 
 
 def test_a_chunk_of_one_token_is_still_of_the_prompt() -> None:

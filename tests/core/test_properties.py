@@ -23,7 +23,7 @@ from saccade.core.tokens import Removal, Tokens, dense_rank
 
 NAMES = ("llama", "mistral", "gpt_oss", "qwen3")
 SEEDS = st.integers(0, 10_000)
-QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+QUIET = {"suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
 @st.composite
@@ -196,8 +196,7 @@ def a_layer_holds_what_a_dictionary_holds(window: int | None, events: list[tuple
         noise = torch.Generator().manual_seed(seed)
         if kind in ("update", "thin update"):
             update(seed, kind == "thin update")
-        elif kind == "evict":
-            slots = layer.keys.shape[2]
+        elif kind == "evict" and (slots := layer.keys.shape[2]):  # a window may have left none
             keep = torch.rand(len(model), heads, slots, generator=noise) < 0.7
             keep[:, :, -1] = True
             pos = layer.positions()

@@ -108,6 +108,13 @@ def test_detaching_twice_does_not_touch_a_later_session() -> None:
             torch.testing.assert_close(run(model, LLAMA), expected)
 
 
+def test_a_session_still_says_what_it_did_when_it_is_over() -> None:
+    with sc.attach(shared("llama"), scaled(2.0)) as session:
+        during, plans = session.summary(), dict(session.plans)
+    session.detach()
+    assert "text.3.self" in during and session.summary() == during and session.plans == plans
+
+
 def test_a_paused_session_is_the_model_alone_and_its_neighbour_goes_on() -> None:
     model = shared("llama")
     bare = run(model, LLAMA)

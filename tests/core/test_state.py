@@ -209,7 +209,7 @@ def test_tokens_from_before_the_session_are_known_where_the_conversation_is_give
 VOCABULARY = Vocabulary({"image": 3}, frozenset({1, 2}))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_sequence_is_what_its_rows_are(data: st.DataObject) -> None:
     """Random growth, beams, and cropping, against lists."""

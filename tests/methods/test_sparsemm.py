@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import shared
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -50,7 +50,6 @@ def test_budgets_by_hand() -> None:
     share=st.floats(0, 1),
     raised=st.integers(0, 5),
 )
-@settings(max_examples=100, deadline=None)
 def test_budgets_add_up_and_grow_with_the_score(
     scores: list[float], window: int, extra: int, share: float, raised: int
 ) -> None:

@@ -168,7 +168,7 @@ class TrackedLayer(DynamicLayer):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized and self.keys.numel():
+        if self.seen:
             self.keys = self.keys.index_select(0, indices.to(self.keys.device))
             self.values = self.values.index_select(0, indices.to(self.values.device))
         if self.pos is not None:
@@ -177,7 +177,7 @@ class TrackedLayer(DynamicLayer):
             self.shift = self.shift.index_select(0, indices.to(self.shift.device))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized and self.keys.numel():
+        if self.seen:
             self.batch_select_indices(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -245,6 +245,14 @@ def _refused(what: str) -> InputError:
     return InputError(
         f"Tokens cannot leave {what}: its entries have fixed places.",
         "generate with the default dynamic cache (no cache_implementation=), or attach no method that removes tokens",
+    )
+
+
+def refuse_paged(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "Continuous batching packs unequal prompts into one row of a paged cache, where no method could tell them "
+        "apart.",
+        "use generate() with a padded batch, or detach first",
     )
 
 

@@ -309,6 +309,11 @@ class AttentionCall:
         mask: Tensor | None = self.mask
         if mask is not None and mask.ndim == 4:
             return take_rows(mask, span) if mask.shape[2] == queries else mask
+        causal = self.causal and queries > 1
+        if isinstance(span, slice) and span.start >= queries - 1:
+            causal = False  # the last row sees all
+        if mask is None and self.segments is None and self.window is None and not causal:
+            return None
         # Where tokens are missing and there is no mask, what is left stands in order.
         kpos = torch.arange(keys, device=self.k.device)
         rows = torch.arange(queries, device=self.k.device)[
@@ -321,12 +326,10 @@ class AttentionCall:
         if self.segments is not None:
             part = torch.bucketize(kpos, self.segments[1:], right=True)
             rules.append(part[rows][..., None] == part)
-        if self.causal and queries > 1:
+        if causal:
             rules.append(kpos <= qpos)
         if self.window is not None:
             rules.append(kpos > qpos - self.window)
-        if not rules:
-            return None
         merged = functools.reduce(torch.logical_and, rules)
         return merged[None, None] if merged.ndim == 2 else merged[:, None]
 
@@ -390,9 +393,8 @@ class AttentionCall:
                 f"Scores of {rows} rows at {self.site.name} would hold {size * 4 / 2**30:.1f} GiB.",
                 "ask for fewer rows or heads, or walk over call.chunks(rows)",
             )
-        s = (q.reshape(batch, count // groups, groups * rows, dim) @ k.transpose(-1, -2)).reshape(
-            batch, count, rows, k.shape[2]
-        ) * self.scale
+        s = q.reshape(batch, count // groups, groups * rows, dim) @ k.transpose(-1, -2)
+        s = s.reshape(batch, count, rows, k.shape[2]).mul_(self.scale)
         if self.softcap is not None:
             s = torch.tanh(s / self.softcap) * self.softcap
         s = s if s.dtype == torch.float64 else s.float()
@@ -409,7 +411,7 @@ class AttentionCall:
             allowed = allowed[:, heads]
         lowest = torch.finfo(s.dtype).min
         if allowed.dtype == torch.bool:
-            return s.masked_fill(~allowed, lowest)
+            return s.masked_fill_(~allowed, lowest)
         return (s + allowed).masked_fill(allowed <= torch.finfo(allowed.dtype).min / 2, lowest)
 
     def _overlay(self, w: Tensor, span: Span, new: Tensor, edited: Span) -> Tensor:

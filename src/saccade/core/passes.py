@@ -233,7 +233,9 @@ class Run:
             if kind in ("image", "video") and kind not in self.features and bool((ids == placeholder).any()):
                 raise InputError(
                     f"{type(wanting[0]).__name__} chooses among the {kind}'s features, which this call never made.",
-                    "give the model the pixels, not inputs_embeds or features that were made before",
+                    f"call the model itself: its generate() makes them without get_{kind}_features"
+                    if self.generating and any(name.startswith("pixel") for name in self.inputs)
+                    else "give the model the pixels, not inputs_embeds or features that were made before",
                 )
 
     def prompt_ids(self) -> Tensor | None:
@@ -284,8 +286,9 @@ class Pass:
         self.tracked = False  # the cache knows its positions, for tokens may be missing
         self.removals: dict[str, Removal] = {}  # by tower, as they stand
         self.removals_at: dict[
-            tuple[str, int | None], Removal | None
-        ] = {}  # by layer, for one that runs again
+            tuple[str, int | None], tuple[Removal | None, Removal | None]
+        ] = {}  # by layer, before and in it, for one that runs again
+        self.rewound = False  # whole layers do, so that `removals` are those of the running one
         self.rotaries: list[Any] = []  # what rotary modules were given
         self.peeking: tuple[Any] | None = (
             None  # a layer runs for its attention call alone, before this cache layer
@@ -376,9 +379,18 @@ class Pass:
 
     def removal(self, site: Site) -> Removal | None:
         """Of the running layer, which gradient checkpointing may run for the second time."""
-        if self.run.runtime.recomputing:
-            return self.removals_at.get((site.tower, site.index))
+        if self.run.runtime.recomputing and not self.rewound:
+            return self.removals_at.get((site.tower, site.index), (None, None))[1]
         return self.removals.get(site.tower)
+
+    def rewind(self, site: Site) -> None:
+        """Back to what had left before a layer, where gradient checkpointing runs all of it again."""
+        self.rewound = True
+        before = self.removals_at.get((site.tower, site.index), (None, None))[0]
+        if before is None:
+            self.removals.pop(site.tower, None)
+        else:
+            self.removals[site.tower] = before
 
     def full(self, site: Site) -> int:
         """How many tokens the tower was given."""

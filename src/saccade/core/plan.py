@@ -214,7 +214,7 @@ def evict(call: AttentionCall, plan: Plan, held: TrackedLayer | None) -> None:
 
 
 def _entries(call: AttentionCall, plan: Plan | None, held: TrackedLayer | None) -> Tensor | None:
-    if plan is None or held is None:
+    if plan is None or held is None or not held.keys.shape[2]:
         return None
     for method in plan.evict:
         if call.pass_.phase in method.phases:
@@ -295,7 +295,7 @@ def _edited(call: AttentionCall, plan: Plan, edits: list[Method]) -> Tensor:
     ragged = any(isinstance(span, Tensor) for span in spans.values())
     for chunk in (union,) if ragged or isinstance(union, Tensor) else call.chunks(union):
         w = edited_weights(call, plan, edits, spans, chunk, call.scores(chunk))
-        if plan.output or plan.observe or call.keeps_weights:
+        if plan.output or plan.observe or plan.evict or call.keeps_weights:
             call.edit(chunk, w)
         w = torch.nn.functional.dropout(w, call.dropout) if call.dropout else w
         parts.append(call.apply(w) if heads is None else call.apply(w)[:, heads])

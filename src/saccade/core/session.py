@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.core import branch, calibration
+from saccade.core.cache import refuse_paged
 from saccade.core.driver import Driver, refusal
 from saccade.core.errors import AttachError, InputError
 from saccade.core.features import choose, refuse_unnamed
@@ -63,6 +64,7 @@ class Session:
                 raise refusal(method)
         self.model = unwrapped(model)
         self.methods = methods
+        self._did: Mapping[Site, Plan] = {}  # its plans, once it is detached
         self.results: dict[str, Any] = {}  # what the methods' `end` returned in the last run, by slug
         with Runtime._lock:
             self._runtime = Runtime.of(self.model)
@@ -74,8 +76,8 @@ class Session:
 
     @property
     def plans(self) -> Mapping[Site, Plan]:
-        """What this session does, by site."""
-        return self._runtime.own_plans[self]
+        """What this session does, or did until it was detached, by site."""
+        return self._runtime.own_plans.get(self, self._did)
 
     def locate(self, processor: Any, images: SequenceOf[Any]) -> None:
         """Say which pictures the coming runs are given, as the processor is given them: a list, or a list
@@ -114,6 +116,7 @@ class Session:
 
     def detach(self) -> None:
         """Take the methods off. The model is then as it was, to the bit."""
+        self._did = self.plans
         self._runtime.remove(self)
 
     @contextlib.contextmanager
@@ -258,6 +261,8 @@ class Runtime:
         for obj, name, what in host.wraps():
             if what == "generate":
                 self._undo.append(wrap(obj, name, self._generate))
+            elif what == "paged":
+                self._undo.append(wrap(obj, name, refuse_paged))
             elif what == "forward":  # a part that people call by itself
                 names = tuple(inspect.signature(getattr(obj, name)).parameters)
                 self._undo.append(wrap(obj, name, functools.partial(self._tower, host.main_tower, names)))
@@ -463,6 +468,7 @@ class Runtime:
         """One `generate()` is one run. A generation inside another is a run of its own."""
         self.host.check()
         given = {**({"inputs": args[0]} if args else {}), **kwargs}
+        self.host.check_prompt(given)
         outer = self._passes, self._local.run
         run = Run(
             self,

@@ -89,6 +89,8 @@ def _around(
     pass_ = runtime.current()
     plan = pass_.plans.get(site)
     methods = [m for m in (plan.tokens if plan else ()) if pass_.phase in m.phases]
+    if runtime.recomputing:
+        pass_.rewind(site)
     before = pass_.removals.get(site.tower)
     inputs = {**dict(zip(names, args)), **kwargs}
     held = _cache_layer(site, inputs)
@@ -120,8 +122,7 @@ def _around(
         answer = method.tokens(call)
         if answer is not None:
             step.take(answer)
-    if torch.is_grad_enabled():
-        pass_.removals_at[site.tower, site.index] = step.removal
+    pass_.removals_at[site.tower, site.index] = before, step.removal
     given = step.inputs(names[0], caching=True)
     out = forward(given.pop(names[0]), **given)  # gradient checkpointing wants its input by position
     states = out[0] if isinstance(out, tuple) else out
