@@ -34,6 +34,7 @@ docs: .venv-test/installed
 
 bench: .venv-test/installed
 	.venv-test/bin/python -m benchmarks.overhead
+	.venv-test/bin/python -m benchmarks.seams
 
 # A release of torch that has a small CPU wheel; the newest will do where there is none.
 .venv/installed: pyproject.toml
@@ -47,7 +48,9 @@ bench: .venv-test/installed
 	.venv-test/bin/python $(INSTALL) -e '.[all,dev]'
 	touch $@
 
+# The oldest of all that is needed at run time, as pyproject.toml has it.
 .venv-lowest/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
-	.venv-lowest/bin/python $(INSTALL) -e '.[all,dev]' transformers==5.18.0
+	sed -n '/^dependencies/,/^all/p' $< | grep -oE '[a-z0-9]+>=[0-9.]+' | sed 's/>=/==/' > .venv-lowest/oldest
+	.venv-lowest/bin/python $(INSTALL) -e '.[all,dev]' -c .venv-lowest/oldest
 	touch $@

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Exact, cast, shared
+from helpers import Exact, cast, shared, skip_blind_chunks
 from PIL import Image
 from torch import Tensor, nn
 from zoo import family
@@ -36,6 +36,7 @@ def exact(name: str, images: tuple[int, ...] = (1, 2), side: str = "left") -> tu
 
 
 def recorded(model: Any, inputs: Any, record: Any = None, **options: Any) -> tuple[Any, Recording]:
+    skip_blind_chunks(inputs, options)
     with sc.attach(model, record or sc.Record(dtype="float32")) as session:
         out = model.generate(**inputs, **{**GREEDY, **options})
     return out, session.results["Record"]

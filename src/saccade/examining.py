@@ -49,7 +49,7 @@ ROUNDING = 1e-5  # of the largest output: what a fused path that is off while we
 
 # The first version that we know, and the last where a newer one may have moved.
 RANGES = {
-    "torch": ("2.8", ""),
+    "torch": ("2.9", ""),
     "transformers": (private.KNOWN.split(" to ")[0], private.KNOWN.split(" to ")[1]),
     "diffusers": ("0.42", ""),
     "timm": ("1.0.15", ""),

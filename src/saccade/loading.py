@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils import cached_file, logging
 
 from saccade.core.errors import InputError, OptionError
@@ -54,17 +54,13 @@ def load_model(
         raise OptionError(f"No dtype is called {dtype!r}.", f"use {', '.join(DTYPES)}")
     place = _device(device)
     if name.startswith("world/"):
-        if importlib.util.find_spec("saccade.world") is None:
-            raise InputError(
-                f"{name}: embedded models come with a later release.", "give a folder or a hub id"
-            )
         model, processor = importlib.import_module("saccade.world").load(name.removeprefix("world/"))
     else:
         model, processor = _pretrained(name, dtype, trust_remote_code, any_kind)
     wanted = getattr(torch, dtype) if dtype else model.dtype
     if dtype is None and place.type == "cpu" and wanted == torch.float16:
         wanted = torch.float32
-    model = model.to(place, wanted)
+    model = model.to(place) if model.dtype == wanted else model.to(place, wanted)
     return model.eval() if isinstance(model, torch.nn.Module) else model, processor
 
 
@@ -88,7 +84,7 @@ def _pretrained(name: str, dtype: str | None, trust_remote_code: bool, any_kind:
             return AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype or "auto", use_safetensors=True, **options
             ), processor
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as e:
+    except Exception as e:  # files and libraries raise whatever befalls them
         raise failure(name, local, e, any_kind) from e
 
 
@@ -99,7 +95,9 @@ def _any_kind(source: str, dtype: str | None, options: dict[str, Any]) -> tuple[
     if _is_pipeline(source, options["local_files_only"]):
         pipelines = importlib.import_module("diffusers").DiffusionPipeline
         given = {"torch_dtype": getattr(torch, dtype)} if dtype else {}
-        return pipelines.from_pretrained(source, use_safetensors=True, **given, **options), None
+        pipe = pipelines.from_pretrained(source, use_safetensors=True, **given, **options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe, None
     config = hf.AutoConfig.from_pretrained(source, **options)
     remote = getattr(config, "auto_map", {}) if options["trust_remote_code"] else {}
     kind = getattr(hf, (config.architectures or [""])[0], None)
@@ -122,7 +120,7 @@ def _is_pipeline(source: str, local: bool) -> bool:
 
 def failure(name: str, local: bool, error: Exception, any_kind: bool = False) -> InputError:
     """Why a model could not be loaded, as far as it can be told."""
-    said = str(error).strip()
+    said = repr(error) if isinstance(error, KeyError) else str(error).strip()
     what = f"{name} cannot be loaded: {said.splitlines()[0] if said else repr(error)}"
     if mismatch := torchvision_problem():
         return InputError(
@@ -133,9 +131,17 @@ def failure(name: str, local: bool, error: Exception, any_kind: bool = False) ->
     for kind, other in CONVERTED.items():
         if f"`{kind}`" in said:
             return InputError(what, f"load transformers' own form of such a model, as in {other}")
+    if isinstance(error, SafetensorError):
+        return InputError(what, "its weights are damaged or not all there: fetch them again")
+    if "safetensors" in said:
+        return InputError(
+            what,
+            "only safetensors are read, for a pickle can run code: save_pretrained() in Python writes them",
+        )
     if isinstance(error, OSError) and not local:
         return InputError(
-            what, f"check the name and the network; without network, fetch it before (hf download {name})"
+            what,
+            f"check the name and the network; or fetch it before (hf download {name}) and set HF_HUB_OFFLINE=1",
         )
     if any_kind:
         return InputError(what, "give a model that transformers or diffusers knows, with safetensors")

@@ -37,7 +37,7 @@ from core.test_tokens import asked
 from saccade.core.branch import Branch
 from saccade.core.cache import fit_mask
 from saccade.core.errors import InputError, SaccadeError
-from saccade.core.tokens import Tokens
+from saccade.core.tokens import Tokens, TokensCall
 
 # ---- all at once ---------------------------------------------------------------------------------
 
@@ -195,6 +195,32 @@ def test_layers_may_run_for_the_second_time(name: str, reentrant: bool) -> None:
     if reentrant:
         model.enable_input_require_grads()
     with sc.attach(model, methods()):
+        got = gradients(model, inputs, labels, exact=False)
+    assert close(got, wanted)
+
+
+def ranked(call: TokensCall) -> Tokens:
+    weights = call.peek().weights("last").mean(1)[:, 0]
+    keep = weights >= weights.median(1, keepdim=True).values
+    keep[:, -1] = True
+    return Tokens(keep)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("way", ["once", "peek"])
+def test_so_may_layers_that_tokens_leave_once_or_after_a_peek(way: str, reentrant: bool) -> None:
+    inputs, keep, labels = training("llama")
+    model = copy.deepcopy(subject("llama")).train()
+    methods = {
+        "once": [Leave(keep=keep, options={"only_this_layer": True})],
+        "peek": [Leave(keep={1: keep[1]}), method(tokens=ranked)(sites="text.3.layer")],
+    }
+    with sc.attach(model, methods[way]):
+        wanted = gradients(model, inputs, labels, exact=False)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    with sc.attach(model, methods[way]):
         got = gradients(model, inputs, labels, exact=False)
     assert close(got, wanted)
 

@@ -177,7 +177,7 @@ def _ids(host: PlainHost) -> Tensor:
 def _pixels(host: PlainHost) -> dict[str, Tensor]:
     config: Any = host.model.config
     config = getattr(config, "vision_config", config)
-    size = getattr(config, "image_size", None) or SIDE
+    size = getattr(config, "image_size", None) or _side(host.model)
     height, width = (size, size) if isinstance(size, int) else size
     return {"pixel_values": _noise(1, getattr(config, "num_channels", 3), height, width)}
 

@@ -13,7 +13,7 @@ TOWERS: tuple[tuple[str, str], ...] = (
         "vision",
         r"(^|\.)(vision|visual|image_encoder|vision_tower|vision_model|vision_encoder|vit|image_tower)(\.|_|$)",
     ),
-    ("vision", r"(^|\.)img_processor\."),
+    ("vision", r"(^|\.)(img_processor|timm_model)\."),
     ("projector", r"(^|\.)multi_modal_projector(\.|$)"),
     ("audio", r"(^|\.)audio"),
     ("encoder", r"(^|\.)encoder(\.|$)"),

@@ -1,6 +1,7 @@
 """A world small enough to ship: scenes of which everything is known, and what can be asked about them."""
 
 from saccade.world.captions import caption, mentioned
+from saccade.world.embedded import load
 from saccade.world.questions import Question, ask, ask_pair, questions
 from saccade.world.scenes import SPLITS, Scene, Thing, scene, scenes
 
@@ -12,6 +13,7 @@ __all__ = [
     "ask",
     "ask_pair",
     "caption",
+    "load",
     "mentioned",
     "questions",
     "scene",

@@ -24,7 +24,9 @@ def folder(name: str) -> Path:
         near = nearest(name, names())
         raise InputError(
             f"No embedded model is called {name!r}{f': {near}' if near else '.'}",
-            f"load one of {', '.join(names())}",
+            f"load one of {', '.join(names())}"
+            if names()
+            else "train it (python -m saccade.world.train) and give its folder, for none ships with this release yet",
         )
     path = MODELS / name
     if checksum(path / WEIGHTS) != card(name)["sha256"]:

@@ -80,7 +80,7 @@ class PipelineHost(PlainHost):
                 )
 
     def lack(self, need: str) -> str:
-        return "" if need in ("sampling", "branches") else f"it does not give {need.replace('_', ' ')}s"
+        return "" if need in ("sampling", "branches") else super().lack(need)
 
     @property
     def sampling(self) -> Sampling | None:

@@ -69,7 +69,7 @@ class PlainHost:
             return "it takes no denoising steps"
         if need == "branches":
             return ""
-        if need == "features":
+        if need in ("image", "features"):
             return "it takes no pictures among its words"
         return f"it does not give {need.replace('_', ' ')}s"
 
@@ -79,6 +79,9 @@ class PlainHost:
         return self.model.modules()
 
     def check(self) -> None:
+        return None
+
+    def check_prompt(self, given: Mapping[str, Any]) -> None:
         return None
 
     def call(self, inputs: Mapping[str, Any], run: Run) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from saccade.core.errors import VersionError
 
-KNOWN = "5.18 to 5.23"
+KNOWN = "5.19 to 5.23"
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check_names(
     names: tuple[Name, ...],
     library: str = "transformers",
     known: str = KNOWN,
-    wanted: str = "transformers>=5.18,<6",
+    wanted: str = "transformers>=5.19,<6",
 ) -> None:
     for name in names:
         module, _, path = name.path.partition(":")

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from saccade.core.branch import Open, pad_left
-from saccade.core.cache import TrackedLayer, fit_mask, new_cache, track
+from saccade.core.cache import TrackedLayer, fit_mask, new_cache, refuse_paged, track
 from saccade.core.call import AttentionCall
 from saccade.core.errors import AttachError, InputError
 from saccade.core.plan import evict, execute, execute_groups
@@ -95,7 +96,7 @@ def _attention(
     site, pass_ = hook.site, hook.runtime.current()
     plan = pass_.plans.get(site)
     held = pos = keep = None
-    if pass_.tracked or pass_.removals:
+    if pass_.tracked or pass_.removal(site) is not None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
         held, pos, keep, attention_mask = _present(module, site, pass_, query, key, attention_mask, causal)
@@ -245,12 +246,26 @@ class TransformersHost(PlainHost):
                     "detach, change the implementation, and attach again",
                 )
 
+    def check_prompt(self, given: Mapping[str, Any]) -> None:
+        """Refuse chunks of a prompt that the library reads without pictures and sounds, as it does before 5.23."""
+        version = transformers.__version__
+        config = given.get("generation_config") or self.model.generation_config
+        chunks = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        seen = any("pixel" in name or name == "input_features" for name in self.prompt(given))
+        if chunks and seen and not self.encoder_decoder and tuple(map(int, version.split(".")[:2])) < (5, 23):
+            raise InputError(
+                f"transformers {version} reads the chunks of a prompt without its pictures and sounds.",
+                "generate without prefill_chunk_size, or pip install 'transformers>=5.23'",
+            )
+
     def wraps(self) -> list[tuple[Any, str, str]]:
         """Methods of the library that the runtime stands around: (object, name, what it is)."""
         text = self.roots().get("text", self.base)
         found: list[tuple[Any, str, str]] = []
         if hasattr(self.model, "generate"):
             found.append((self.model, "generate", "generate"))
+        if hasattr(self.model, "init_continuous_batching"):
+            found.append((self.model, "init_continuous_batching", "paged"))
         if hasattr(text, "_deepstack_process"):
             found.append((text, "_deepstack_process", "deepstack"))
         for kind in ("image", "video"):
@@ -263,8 +278,9 @@ class TransformersHost(PlainHost):
 
     def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Of what `generate` was given, the arguments of a forward."""
-        names = inspect.signature(self.model.forward).parameters
-        wanted = {name: value for name, value in inputs.items() if name in names and value is not None}
+        wanted = {
+            name: value for name, value in inputs.items() if name in self.parameters and value is not None
+        }
         first = inputs.get("inputs")
         if isinstance(first, Tensor):
             wanted.setdefault(str(self.model.main_input_name), first)
@@ -289,6 +305,8 @@ class TransformersHost(PlainHost):
         return mask if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == columns else None
 
     def cache(self, inputs: Mapping[str, Any]) -> Cache | None:
+        if type(inputs.get("cache")).__name__ == "PagedAttentionCache":  # of a manager that began before
+            refuse_paged()
         cache = inputs.get("past_key_values")
         return cache if isinstance(cache, Cache) else None
 
@@ -438,11 +456,10 @@ class TransformersHost(PlainHost):
 
     def extra(self, inputs: Mapping[str, Any], last_only: bool) -> dict[str, Any]:
         """Without a cache, unless one is given, and without a mask that masks nothing, for it costs a third."""
-        names = inspect.signature(self.model.forward).parameters
         inputs = dict(inputs)
-        if "use_cache" in names and "past_key_values" not in inputs:
+        if "use_cache" in self.parameters and "past_key_values" not in inputs:
             inputs.setdefault("use_cache", False)
-        if last_only and "logits_to_keep" in names:
+        if last_only and "logits_to_keep" in self.parameters:
             inputs["logits_to_keep"] = 1
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 2 and self.main_tower == "text" and bool(mask.all()):
