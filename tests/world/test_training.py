@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from saccade.core.errors import InputError
+from saccade.world import embedded
 from saccade.world import train as training
 from saccade.world.architectures import vlm_processor
 from saccade.world.recipes.vlm import NONE, TOKENS, Vlm
@@ -45,6 +46,16 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch):
     assert all(
         torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True)
     )
+    monkeypatch.setattr(embedded, "MODELS", tmp_path / "parts")
+    model, processor = embedded.load("model")  # transformers' own folder, with a card that knows its checksum
+    assert torch.equal(model.lm_head.weight, parts.model.lm_head.weight.float())
+    inputs = processor(
+        images=scene(5).picture(),
+        text="<s> user : <image> is there a cup ? assistant :",
+        return_tensors="pt",
+        add_special_tokens=False,
+    )
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
 @pytest.mark.parametrize("renumbered", [False, True])

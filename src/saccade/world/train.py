@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from saccade.core.errors import InputError
+from saccade.world.embedded import CARD, WEIGHTS, checksum
 
 Batch = dict[str, Tensor]
 RECIPES = ("vlm",)
@@ -27,7 +29,9 @@ RECIPES = ("vlm",)
 class Recipe(Protocol):
     """What is trained, on what, and how it is judged."""
 
+    does: str  # "answers", "writes" or "embeds": what loads it
     steps: int
+    seed: int
     model: nn.Module  # what is kept
     helpers: nn.Module  # heads of auxiliary losses, thrown away in the end
 
@@ -110,6 +114,27 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", workers: int = 0, e
             torch.save(state, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
     recipe.export(out / "model")
+    _write_card(recipe, out, device, (time.perf_counter() - clock) / 60)
+
+
+def _write_card(recipe: Recipe, out: Path, device: str, minutes: float) -> None:
+    """What the figures of `saccade.world.evaluate` are added to."""
+    folder = out / "model"
+    curve = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    card = {
+        "does": recipe.does,
+        "sha256": checksum(folder / WEIGHTS),
+        "recipe": " ".join((sys.modules[type(recipe).__module__].__doc__ or "").split()),
+        "parameters": sum(parameter.numel() for parameter in recipe.model.parameters()),
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
+        "minutes": round(minutes, 1),
+        "torch": torch.__version__,
+        "validation": {name: value for name, value in curve[-1].items() if not name.startswith("loss")},
+        "failures": [],
+    }
+    (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
 
 def _optimizers(parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:

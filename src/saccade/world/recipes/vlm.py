@@ -137,6 +137,8 @@ def pixels(scenes: list[Scene]) -> Tensor:
 
 
 class Vlm:
+    does = "answers"
+
     def __init__(self, seed: int, steps: int = 4200, rows: int = 32, alone: int = 400) -> None:
         self.seed, self.steps, self.rows = seed, steps, rows
         self.alone = alone  # steps of the vision tower alone
