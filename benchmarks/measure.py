@@ -14,7 +14,9 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -24,7 +26,8 @@ Variant = Callable[[], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: the median over rounds of a variant's time over the bare one's of the same round."""
+    """One figure: the median over rounds of a variant's time over that of the case's first variant in the same
+    round."""
 
     case: str
     variant: str
@@ -33,6 +36,7 @@ class Row:
     high: float
     limit: float | None
     milliseconds: float
+    mebibytes: float | None = None  # by how much a fresh process grew
 
     @property
     def verdict(self) -> str:
@@ -49,27 +53,37 @@ def interleaved(
     variants: Mapping[str, Variant],
     limits: Mapping[str, float],
     rounds: int,
+    instead: Mapping[str, Callable[[], object]] = MappingProxyType({}),
 ) -> list[Row]:
     """Run all variants once in every round, in a new order each time, the first one being bare. A variant is
-    entered, run once to warm up, and timed."""
+    entered, its work (`instead`, where it has its own) run once to warm up, and timed."""
     base = next(iter(variants))
+    now = clock()[1]
     times: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     draw = random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
+            own = instead.get(name, work)
             with variants[name]():
-                work()
-                start = time.perf_counter()
-                work()
-                times[name].append(time.perf_counter() - start)
+                own()
+                start = now()
+                own()
+                times[name].append(now() - start)
     rows = []
-    for name, own in times.items():
-        ratios = [mine / bare for mine, bare in zip(own, times[base], strict=True)]
+    for name, taken in times.items():
+        ratios = [mine / bare for mine, bare in zip(taken, times[base], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append(Row(case, name, middle, low, high, limits.get(name), 1e3 * statistics.median(own)))
+        rows.append(Row(case, name, middle, low, high, limits.get(name), 1e3 * statistics.median(taken)))
     return rows
+
+
+def clock() -> tuple[str, Callable[[], float]]:
+    """On one thread the work is all done by this process, and its own time says nothing of its neighbours'."""
+    if torch.get_num_threads() == 1:
+        return "CPU time of the process", time.process_time
+    return "wall time", time.perf_counter
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -104,17 +118,23 @@ def machine() -> dict[str, str]:
             platform.processor(),
         ),
         "threads": str(torch.get_num_threads()),
+        "clock": clock()[0],
         "python": platform.python_version(),
         **{name: version(name) for name in names},
     }
 
 
 def write(name: str, rows: list[Row], notes: Mapping[str, str]) -> Path:
-    """Rows as JSON, and as the table of the documentation."""
+    """Rows as JSON, as a plot, and as a table under it."""
+    from benchmarks.plot import draw  # only who writes needs matplotlib
+
     RESULTS.mkdir(exist_ok=True)
     about = machine() | dict(notes)
     data = {"about": about, "rows": [asdict(row) for row in rows]}
-    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1))
+    (RESULTS / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    draw(rows, RESULTS / f"{name}.svg")
+    has_memory = any(row.mebibytes is not None for row in rows)
+    head = ["case", "variant", "ratio", "quartiles", "limit", "", "ms", *["MiB"] * has_memory]
     lines = [
         f"# {name.capitalize()}",
         "",
@@ -122,15 +142,29 @@ def write(name: str, rows: list[Row], notes: Mapping[str, str]) -> Path:
         "",
         *(f"- {key}: {value}" for key, value in about.items()),
         "",
-        "| case | variant | ratio | quartiles | limit | | ms |",
-        "|---|---|---|---|---|---|---|",
+        f"![Ratios of time to the first variant of each case]({name}.svg)",
+        "",
+        _line(head),
+        _line(["---"] * len(head)),
     ]
-    for row in rows:
-        limit = "" if row.limit is None else f"{row.limit:.2f}"
-        lines.append(
-            f"| {row.case} | {row.variant} | {row.ratio:.3f} | {row.low:.3f} to {row.high:.3f} | {limit} "
-            f"| {row.verdict} | {row.milliseconds:.2f} |"
-        )
+    for case, members in groupby(rows, lambda row: row.case):
+        lines += [_line([case if i == 0 else "", *_cells(row)][: len(head)]) for i, row in enumerate(members)]
     path = RESULTS / f"{name}.md"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        row.variant,
+        f"{row.ratio:.3f}",
+        f"{row.low:.3f} to {row.high:.3f}",
+        "" if row.limit is None else f"{row.limit:.2f}",
+        row.verdict,
+        f"{row.milliseconds:.2f}",
+        "" if row.mebibytes is None else f"{row.mebibytes:.0f}",
+    ]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -127,28 +127,28 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
             reading: dict[str, Variant] = {
                 "bare": bare,
                 "bare again": bare,
-                "observe": lambda: attach(llama, Observe()),
+                "Saccade, observe": lambda: attach(llama, Observe()),
             }
             counts = (rounds, 5 * rounds) if length < 1000 else (max(5, rounds // 4), 2 * rounds)
-            rows += interleaved(f"prefill {length}", prefill, reading, {"observe": 1.02}, counts[0])
-            rows += interleaved(f"decode at {length}", decode, reading, {"observe": 1.03}, counts[1])
+            rows += interleaved(f"prefill {length}", prefill, reading, {"Saccade, observe": 1.02}, counts[0])
+            rows += interleaved(f"decode at {length}", decode, reading, {"Saccade, observe": 1.03}, counts[1])
             last: dict[str, Variant] = {
                 "raw floor of last-row weights": lambda: floor(llama),
-                "last-row weights": lambda: attach(llama, LastRow()),
+                "Saccade, last-row weights": lambda: attach(llama, LastRow()),
                 "bare": bare,
             }
             rows += interleaved(
-                f"prefill {length}, last row", prefill, last, {"last-row weights": 1.02}, counts[0]
+                f"prefill {length}, last row", prefill, last, {"Saccade, last-row weights": 1.02}, counts[0]
             )
             rows += interleaved(
-                f"decode at {length}, last row", decode, last, {"last-row weights": 1.02}, counts[1]
+                f"decode at {length}, last row", decode, last, {"Saccade, last-row weights": 1.02}, counts[1]
             )
             keeping: dict[str, Variant] = {
                 "bare": bare,
-                "keep all tokens": lambda: attach(llama, KeepTokens()),
+                "Saccade, keep all tokens": lambda: attach(llama, KeepTokens()),
             }
             rows += interleaved(
-                f"prefill {length}, tokens", prefill, keeping, {"keep all tokens": 1.04}, counts[0]
+                f"prefill {length}, tokens", prefill, keeping, {"Saccade, keep all tokens": 1.04}, counts[0]
             )
 
             alone, recorded = (
@@ -168,10 +168,10 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
 
         beside: dict[str, Variant] = {
             "bare": bare,
-            "keep all of the cache": lambda: attach(llama, KeepCache(sites="text.*.self")),
-            "a branch beside": lambda: attach(llama, Beside()),
+            "Saccade, keep all of the cache": lambda: attach(llama, KeepCache(sites="text.*.self")),
+            "Saccade, a branch beside": lambda: attach(llama, Beside()),
         }
-        limits = {"keep all of the cache": 1.05, "a branch beside": 1.9}
+        limits = {"Saccade, keep all of the cache": 1.05, "Saccade, a branch beside": 1.9}
         rows += interleaved("generate 24 after 512", generate, beside, limits, max(5, rounds // 2))
     return rows, notes
 
