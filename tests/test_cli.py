@@ -5,7 +5,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -254,16 +253,11 @@ def test_bold_only_on_a_terminal_that_wants_it(monkeypatch):
 
 def test_the_module_runs_as_a_process_without_torch():
     argv = [sys.executable, "-X", "importtime", "-m", "saccade", "methods"]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
-        times.append(time.perf_counter() - start)
+    done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"COLUMNS": "80"})
     assert done.returncode in (0, 1)
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "saccade.catalog" in modules
     assert not modules & {"torch", "transformers", "numpy", "PIL"}
-    assert min(times) < 0.6
 
 
 def test_a_closed_pipe_is_no_error():

@@ -42,6 +42,8 @@ def run(model: Any, inputs: Any) -> Tensor:
 
 
 def check(family: str, event: str, backend: str, close: float) -> None:
+    if event == "weights" and torch.__version__ < (2, 13):
+        pytest.skip("torch 2.9 cannot trace id(), 2.13 can")
     model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs()
     with sc.attach(model, EVENTS[event]()):
         wanted = run(model, inputs)
