@@ -23,7 +23,7 @@ import saccade as sc
 from saccade.core.call import AttentionCall
 from saccade.core.errors import AttachError, OptionError
 from saccade.core.method import Method
-from saccade.core.session import Runtime
+from saccade.core.runtime import Runtime
 
 LLAMA = FAMILIES["llama"].inputs()
 
@@ -259,10 +259,10 @@ def test_a_part_may_be_attached_by_itself() -> None:
 
 
 def test_a_failing_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saccade.core import session
+    from saccade.core import runtime
 
     model = shared("llama")
-    original = session.installer
+    original = runtime.installer
     count = [0]
 
     def failing(site: Any) -> Any:
@@ -271,7 +271,7 @@ def test_a_failing_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
             raise RuntimeError("no")
         return original(site)
 
-    monkeypatch.setattr(session, "installer", failing)
+    monkeypatch.setattr(runtime, "installer", failing)
     with unchanged(model), pytest.raises(RuntimeError, match="no"):
         sc.attach(model, scaled(2.0))
 

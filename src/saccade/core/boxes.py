@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from saccade.core.errors import InputError
 from saccade.core.probe import featurizer, lines, patch_of, silenced, trace
+from saccade.core.runtime import Runtime
 from saccade.core.seams.plain import PlainHost
-from saccade.core.session import Runtime
 from saccade.core.site import Site, match
 
 SHOWN = 0.5  # of an element must be picture; the rest is padding that was mixed in

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from saccade.core.passes import Pass, Run
     from saccade.core.state import Sequence
 
-REDUCES = {"features", "tokens", "evict"}  # these act on branches too
+REDUCES = ("features", "tokens", "evict")  # these act on branches too
 
 
 @dataclass
@@ -66,10 +66,8 @@ def step(
     run: Run, pass_: Pass, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """A forward of the prompt and of the branches that have rows beside it; its logits are the methods' mix."""
-    mixing = [
-        m for m in run.methods if {"branches", "prediction"} & set(type(m).events()) and not run.follows
-    ]
-    if not mixing:
+    mixing = run.overriding("branches", "prediction")
+    if not mixing or run.follows:
         return forward(*args, **kwargs)
     host, rows = run.runtime.host, pass_.sequence.rows
     inside = [opened for opened in run.branches if opened.cache is None]
@@ -176,10 +174,9 @@ def refuse_unverified(run: Run, given: Mapping[str, Any]) -> None:
 def pending(run: Run) -> list[tuple[Method, Branch]]:
     """The branches that the run's methods want."""
     wanted = []
-    for method in run.methods:
-        if "branches" in type(method).events():
-            run.method = method
-            wanted += [(method, branch) for branch in method.branches(run)]
+    for method in run.overriding("branches"):
+        run.method = method
+        wanted += [(method, branch) for branch in method.branches(run)]
     return wanted
 
 
@@ -200,7 +197,7 @@ def open_branch(method: Method, branch: Branch, run: Run, answer: Tensor, cache:
         own = host.track_inputs(
             {**host.extra(host.positioned(branch.inputs), last_only=True), "use_cache": True}
         )
-        reductions = tuple(m for m in run.methods if REDUCES & set(type(m).events()))
+        reductions = tuple(run.overriding(*REDUCES))
         out, side = runtime.side_pass(own, branch.methods, tracked=True, reductions=reductions)
         opened = Open(branch, method, side, mask, host.last_position(side).repeat_interleave(repeats, 0))
         opened.cache = own["past_key_values"]

@@ -302,17 +302,17 @@ class AttentionCall:
         extra = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
 
-    def allowed(self, span: Span) -> Tensor | None:
+    def allowed(self, span: Span, *, native: bool = False) -> Tensor | None:
         """Which keys the rows see, as bool or as a term of the scores, (batch or 1, heads or 1, rows, keys);
         None when all."""
         queries, keys = self.q.shape[2], self.k.shape[2]
-        mask: Tensor | None = self.mask
+        given = (self.mask, self.causal, self.window, self.segments)
+        mask, causal, window, segments = (self._unbiased if native else None) or given
         if mask is not None and mask.ndim == 4:
             return take_rows(mask, span) if mask.shape[2] == queries else mask
-        causal = self.causal and queries > 1
-        if isinstance(span, slice) and span.start >= queries - 1:
+        if queries == 1 or (isinstance(span, slice) and span.start >= queries - 1):
             causal = False  # the last row sees all
-        if mask is None and self.segments is None and self.window is None and not causal:
+        if mask is None and segments is None and window is None and not causal:
             return None
         # Where tokens are missing and there is no mask, what is left stands in order.
         kpos = torch.arange(keys, device=self.k.device)
@@ -323,13 +323,13 @@ class AttentionCall:
         rules = []  # each (rows, keys), (batch, rows, keys) or (batch, 1, keys)
         if mask is not None:
             rules.append(mask.bool()[:, None, :])
-        if self.segments is not None:
-            part = torch.bucketize(kpos, self.segments[1:], right=True)
+        if segments is not None:
+            part = torch.bucketize(kpos, segments[1:], right=True)
             rules.append(part[rows][..., None] == part)
         if causal:
             rules.append(kpos <= qpos)
-        if self.window is not None:
-            rules.append(kpos > qpos - self.window)
+        if window is not None:
+            rules.append(kpos > qpos - window)
         merged = functools.reduce(torch.logical_and, rules)
         return merged[None, None] if merged.ndim == 2 else merged[:, None]
 
@@ -342,8 +342,7 @@ class AttentionCall:
         self._weights.clear()
         if self._unbiased is None:
             self._unbiased = (self.mask, self.causal, self.window, self.segments)
-        self.mask, self.causal, self.window, self.segments = self._unbiased
-        allowed = self.allowed(slice(0, queries))
+        allowed = self.allowed(slice(0, queries), native=True)
         if allowed is None:
             mask = self._bias
         elif allowed.dtype == torch.bool:
@@ -393,18 +392,15 @@ class AttentionCall:
                 f"Scores of {rows} rows at {self.site.name} would hold {size * 4 / 2**30:.1f} GiB.",
                 "ask for fewer rows or heads, or walk over call.chunks(rows)",
             )
-        s = q.reshape(batch, count // groups, groups * rows, dim) @ k.transpose(-1, -2)
-        s = s.reshape(batch, count, rows, k.shape[2]).mul_(self.scale)
+        q = q.reshape(batch, count // groups, groups * rows, dim) if groups > 1 else q
+        s = q @ k.transpose(-1, -2)
+        s = (s.reshape(batch, count, rows, k.shape[2]) if groups > 1 else s).mul_(self.scale)
         if self.softcap is not None:
             s = torch.tanh(s / self.softcap) * self.softcap
         s = s if s.dtype == torch.float64 else s.float()
         if self.position_bias is not None:
             s = s + _narrow(self.position_bias, heads, span, self.q.shape[2])
-        before = (self.mask, self.causal, self.window, self.segments)
-        if native and self._unbiased is not None:
-            self.mask, self.causal, self.window, self.segments = self._unbiased
-        allowed = self.allowed(span)
-        self.mask, self.causal, self.window, self.segments = before
+        allowed = self.allowed(span, native=native)
         if allowed is None:
             return s
         if heads is not None and allowed.shape[1] > 1:

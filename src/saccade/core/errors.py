@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from typing import ParamSpec
+
+Given = ParamSpec("Given")
 
 
 class SaccadeError(Exception):
@@ -40,6 +45,20 @@ class InputError(SaccadeError):
 
 class VersionError(SaccadeError):
     """A library whose inside is not the one that we know."""
+
+
+def plainly(command: Callable[Given, int]) -> Callable[Given, int]:
+    """A command that tells an error of ours on stderr, without a traceback, and ends with 2."""
+
+    @functools.wraps(command)
+    def told(*args: Given.args, **kwargs: Given.kwargs) -> int:
+        try:
+            return command(*args, **kwargs)
+        except SaccadeError as e:
+            print(f"saccade: {e}", file=sys.stderr)
+            return 2
+
+    return told
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -119,9 +119,10 @@ def choose(
 
 def refuse_unnamed(run: Run) -> None:
     """Features that come as embeddings are never seen, and nothing would be chosen."""
-    choosing = [m for m in run.methods if "features" in type(m).events()]
-    unseen = run.runtime.host.ids(run.inputs)[0] is None or run.inputs.get("mm_encoder_outputs") is not None
-    if choosing and unseen:
+    choosing = run.overriding("features")
+    if not choosing:
+        return
+    if run.runtime.host.ids(run.inputs)[0] is None or run.inputs.get("mm_encoder_outputs") is not None:
         raise InputError(
             f"{type(choosing[0]).__name__} chooses among features, and inputs_embeds or mm_encoder_outputs hide them.",
             "pass input_ids and pixel_values to generate() or to the model",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from saccade.core.branch import Branch, Open
     from saccade.core.method import Method
     from saccade.core.plan import Plan
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
     from saccade.core.site import Site
     from saccade.core.words import Word
 
@@ -64,6 +64,7 @@ class Run:
     sampling: Any = None  # of a pipeline of diffusers, what stands around it
     _states: dict[int, dict[str, Any]] = field(default_factory=dict)
     _matched: dict[tuple[str, ...], list[Site]] = field(default_factory=dict)
+    _overriding: dict[tuple[str, ...], list[Method]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.runtime.located is not None:
@@ -82,9 +83,6 @@ class Run:
     def samples(self) -> int:
         """Rows of the caller's batch."""
         _, shape = self.runtime.host.ids(self.inputs)
-        if shape is not None:
-            return shape[0]
-        shape = self.runtime.host.ids(self.inputs)[1]
         if shape is not None:
             return shape[0]
         main = self.inputs.get(getattr(self.runtime.model, "main_input_name", ""))
@@ -131,6 +129,12 @@ class Run:
         if patterns not in self._matched:
             self._matched[patterns] = match(patterns, self.runtime.host.sites)
         return self._matched[patterns]
+
+    def overriding(self, *events: str) -> list[Method]:
+        """The run's methods that override one of the events."""
+        if events not in self._overriding:
+            self._overriding[events] = [m for m in self.methods if set(events) & set(type(m).events())]
+        return self._overriding[events]
 
     def calibration(self) -> dict[str, Tensor]:
         """What the running method measured of this model, by `session.calibrate`."""
@@ -225,8 +229,8 @@ class Run:
 
     def check_features(self, site: Site) -> None:
         """Refuse to go on where features should have been chosen and never came."""
-        wanting = [m for m in self.methods if "features" in type(m).events()]
-        ids = self.prompt_ids() if wanting and site.index == 0 and site.tower == "text" else None
+        wanting = self.overriding("features")
+        ids = self.prompt_ids() if wanting and site.tower == "text" else None
         if ids is None:
             return
         for kind, placeholder in self.runtime.host.vocabulary.placeholders.items():
@@ -342,7 +346,7 @@ class Pass:
     def span(self, rows: str, call: AttentionCall) -> Span:
         """Named rows of a call: `last` by sample, the others as the smallest slice that holds them."""
         queries = call.q.shape[2]
-        if rows == "all":
+        if rows == "all" or (rows == "last" and queries == 1):
             return slice(0, queries)
         key = (rows, call.site.tower, queries, id(call.keep))
         if key not in self._spans:
@@ -379,6 +383,8 @@ class Pass:
 
     def removal(self, site: Site) -> Removal | None:
         """Of the running layer, which gradient checkpointing may run for the second time."""
+        if not self.removals and not self.removals_at:
+            return None
         if self.run.runtime.recomputing and not self.rewound:
             return self.removals_at.get((site.tower, site.index), (None, None))[1]
         return self.removals.get(site.tower)
@@ -405,9 +411,11 @@ class Pass:
 
     def leaving(self, site: Site) -> Tokens | None:
         """Placeholders whose features were taken out: they leave before the first layer."""
+        if site.index != 0:
+            return None
         self.run.check_features(site)
         removed = self.run.removed
-        if removed is None or site.index != 0 or self.phase == "decode" or not self._sequential(site):
+        if removed is None or self.phase == "decode" or not self._sequential(site):
             return None
         at = self.start - (self.run.start or 0) if self.run.generating else 0
         removed = torch.nn.functional.pad(removed, (0, max(0, at + self.tokens - removed.shape[1])))

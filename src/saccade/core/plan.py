@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -274,13 +273,16 @@ def _together(kept: list[Tensor | None], groups: list[tuple[slice, Pass, int]], 
 
 
 def observe(call: AttentionCall, plan: Plan) -> None:
-    if not plan.observe or call.run.runtime.recomputing:
+    run, phase = call.pass_.run, call.pass_.phase
+    if not plan.observe or run.runtime.recomputing:
         return
-    with torch.no_grad() if torch.is_grad_enabled() else contextlib.nullcontext():
-        for method in plan.observe:
-            if call.pass_.phase in method.phases:
-                call.pass_.run.method = method
-                method.observe(call)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return observe(call, plan)
+    for method in plan.observe:
+        if phase in method.phases:
+            run.method = method
+            method.observe(call)
 
 
 def _edited(call: AttentionCall, plan: Plan, edits: list[Method]) -> Tensor:

@@ -13,7 +13,7 @@ from saccade.core.probe import featurizer, lines, patch_of, silenced, trace
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 CHUNK = 256  # features that are compared with all tokens at once
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -153,13 +153,19 @@ class Sequence:
         """Forget what lies beyond `length` tokens."""
         if length >= self.length:
             return
-        self._ids = [torch.cat(self._ids, 1)[:, :length]]
-        self._chunks = [
-            Chunk(c.start, min(c.stop, length), c.generated, c.turn) for c in self._chunks if c.start < length
-        ]
+        beyond = self.length - length
+        while len(self._ids) > 1 and self._ids[-1].shape[1] <= beyond:
+            beyond -= self._ids.pop().shape[1]
+        if beyond:
+            self._ids[-1] = self._ids[-1][:, :-beyond]
+        while self._chunks and self._chunks[-1].start >= length:
+            self._chunks.pop()
+        if self._chunks and self._chunks[-1].stop > length:
+            self._chunks[-1] = replace(self._chunks[-1], stop=length)
         self.turn = self._chunks[-1].turn if self._chunks else 0
         for kind, counts in self._counts.items():
-            left = (self._ids[0] == self.vocabulary.placeholders[kind]).sum(1).tolist()
+            ids = torch.cat(self._ids, 1)
+            left = (ids == self.vocabulary.placeholders[kind]).sum(1).tolist()
             self._counts[kind] = [
                 _first(lengths, tokens) for lengths, tokens in zip(counts, left, strict=True)
             ]

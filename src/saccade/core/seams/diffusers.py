@@ -25,7 +25,7 @@ from saccade.core.site import Site
 from saccade.models.towers import DENOISERS, LATENT_INPUTS
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 
 class PipelineHost(PlainHost):

@@ -15,7 +15,7 @@ from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 
 def install(site: Site, runtime: Runtime) -> Callable[[], None]:

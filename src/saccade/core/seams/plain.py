@@ -18,7 +18,7 @@ from saccade.core.state import Sequence, Vocabulary
 if TYPE_CHECKING:
     from saccade.core.call import AttentionCall
     from saccade.core.passes import Denoising, Pass, Run
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 
 class PlainHost:

@@ -24,7 +24,7 @@ from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 _sdpa = F.scaled_dot_product_attention
 _scope = threading.local()  # .stack: what runs around the innermost attention module of this thread

@@ -19,7 +19,7 @@ from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 _SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 

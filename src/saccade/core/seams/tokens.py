@@ -20,7 +20,7 @@ from saccade.core.tokens import Removal, Tokens, TokensCall, dense_rank, gather_
 from saccade.models.towers import BY_TOKEN
 
 if TYPE_CHECKING:
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 
 class Peeked(Exception):

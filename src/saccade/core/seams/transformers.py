@@ -30,7 +30,7 @@ from saccade.models.towers import BY_SAMPLE, PLACEHOLDERS, SPECIAL_IDS, TRANSIEN
 
 if TYPE_CHECKING:
     from saccade.core.passes import Pass, Run
-    from saccade.core.session import Runtime
+    from saccade.core.runtime import Runtime
 
 PREFIX = "saccade:"  # before the native name, which some families look for
 
@@ -46,6 +46,11 @@ class _Hook:
     ) -> None:
         self.site, self.runtime, self.native = site, runtime, native
         self.config, self.native_name = config, name
+        self.shares = shares(site.module)
+
+    @functools.cached_property
+    def owner(self) -> int | None:
+        return owner(self.site.module)
 
 
 def install(site: Site, runtime: Runtime) -> Callable[[], None]:
@@ -95,11 +100,11 @@ def _attention(
     hook: _Hook = module._saccade
     site, pass_ = hook.site, hook.runtime.current()
     plan = pass_.plans.get(site)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
     held = pos = keep = None
     if pass_.tracked or pass_.removal(site) is not None:
-        causal = kwargs.get("is_causal")
-        causal = getattr(module, "is_causal", True) if causal is None else causal
-        held, pos, keep, attention_mask = _present(module, site, pass_, query, key, attention_mask, causal)
+        held, pos, keep, attention_mask = _present(hook, pass_, query, key, attention_mask, causal)
         if pass_.peeking is not None and pass_.peeking[0] is not None and pass_.peeking[0].seen:
             ahead = pass_.peeking[0]
             held_keys, held_values = ahead.keys, ahead.values
@@ -108,15 +113,14 @@ def _attention(
             key, value = torch.cat([held_keys, key], 2), torch.cat([held_values, value], 2)
     if plan is None and pass_.groups is None and pass_.peeking is None:
         return hook.native(module, query, key, value, attention_mask, **kwargs)
-    causal = kwargs.get("is_causal")
     call = AttentionCall(
-        hook.site,
+        site,
         query,
         key,
         value,
         attention_mask,
         scale=kwargs.get("scaling"),
-        causal=getattr(module, "is_causal", True) if causal is None else causal,
+        causal=causal,
         operator=_native,
         pass_=pass_,
         softcap=kwargs.get("softcap"),
@@ -130,14 +134,13 @@ def _attention(
     )
     if pass_.peeking is not None:
         raise Peeked(call)
+    call.keeps_weights = hook.native_name == "eager"
     if pass_.groups is not None:
-        call.keeps_weights = hook.native_name == "eager"
-        out = execute_groups(call, pass_.groups, None if shares(module) else held)
+        out = execute_groups(call, pass_.groups, None if hook.shares else held)
         return out.transpose(1, 2).contiguous(), call.returned_weights
     assert plan is not None
-    call.keeps_weights = hook.native_name == "eager"
     out = execute(call, plan).transpose(1, 2).contiguous()
-    if plan.evict and not shares(module):  # else its owner does
+    if plan.evict and not hook.shares:  # else its owner does
         evict(call, plan, held)
     if call.keeps_weights and plan.edits:
         return out, call.weights().to(query.dtype)
@@ -145,25 +148,27 @@ def _attention(
 
 
 def _present(
-    module: Any, site: Site, pass_: Pass, query: Tensor, key: Tensor, mask: Any, causal: bool
+    hook: _Hook, pass_: Pass, query: Tensor, key: Tensor, mask: Any, causal: bool
 ) -> tuple[TrackedLayer | None, Tensor | None, Tensor | None, Any]:
     """The site's cache layer, the positions of its keys, the rows' places, and a mask that fits them."""
-    removal = pass_.removal(site)
+    removal = pass_.removal(hook.site)
     keep = None if removal is None else removal.keep
-    if site.kind != "self":
+    if hook.site.kind != "self":
         if keep is not None and mask is not None and mask.ndim == 4:
             rows = keep.clamp_min(0)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             mask = mask.expand(keep.shape[0], -1, -1, -1).gather(2, rows)
         return None, None, keep, mask
-    held = pass_.held(owner(module)) if pass_.tracked else None
+    held = pass_.held(hook.owner) if pass_.tracked else None
     full = query.shape[2] if removal is None else removal.full
     if held is None:
         pos, start, ragged = None, 0, False
-    elif pass_.peeking is None or shares(module):
+    elif pass_.peeking is None or hook.shares:
         pos, start, ragged = held.call_pos, held.seen - full, held.ragged
     else:
         pos, start = _positions_ahead(held, key, keep), held.seen
         ragged = held.ragged or (keep is not None and bool((keep < 0).any()))
+    if pos is None and keep is None:  # nothing is missing
+        return held, None, None, mask
     mask = fit_mask(
         mask,
         queries=query.shape[2],
@@ -174,7 +179,7 @@ def _present(
         ragged=ragged,
         causal=causal,
         dtype=query.dtype,
-        padding_only="flash" in module._saccade.native_name,
+        padding_only="flash" in hook.native_name,
     )
     if pos is None and keep is not None:
         pos = torch.where(keep < 0, -1, keep + (pass_.start if held is None else 0))
@@ -231,12 +236,12 @@ class TransformersHost(PlainHost):
         self.vocabulary = _vocabulary(model.config, self.text_config)
         self.base = model.base_model
         self.by_sample = model.config.model_type in BY_SAMPLE
-        self._configs = [(c, c._attn_implementation) for c in _configs(model)]
+        self._configs = [(c, vars(c)["_attn_implementation_internal"]) for c in _configs(model)]
 
     def check(self) -> None:
         """Refuse a native implementation that was changed under us."""
         for config, name in self._configs:
-            now = config._attn_implementation
+            now = vars(config)["_attn_implementation_internal"]
             if now != name:
                 for changed, before in self._configs:
                     changed._attn_implementation_internal = before
@@ -391,19 +396,15 @@ class TransformersHost(PlainHost):
     @contextlib.contextmanager
     def attended(self, cache: Any, tracked: bool) -> Iterator[None]:
         """While a pass runs that knows, or does not, which entries are missing."""
-        before = {
-            id(layer): layer.attended for layer in self.cache_layers(cache) if isinstance(layer, TrackedLayer)
-        }
-        self._attend(cache, lambda layer: tracked)
+        layers = [layer for layer in self.cache_layers(cache) if isinstance(layer, TrackedLayer)]
+        before = [layer.attended for layer in layers]
+        for layer in layers:
+            layer.attended = tracked
         try:
             yield
         finally:
-            self._attend(cache, lambda layer: before.get(id(layer), False))
-
-    def _attend(self, cache: Any, value: Callable[[TrackedLayer], bool]) -> None:
-        for layer in self.cache_layers(cache):
-            if isinstance(layer, TrackedLayer):
-                layer.attended = value(layer)
+            for layer, attended in zip(layers, before, strict=True):
+                layer.attended = attended
 
     def last_position(self, run: Run) -> Tensor:
         """(rows,) position of the last token that a run has read, before positions were closed up."""
