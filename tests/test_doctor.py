@@ -21,10 +21,11 @@ from zoo import FAMILIES, run
 from zoo.base import require
 
 import saccade as sc
-from saccade import cli, examining
+from saccade import cli
 from saccade.core.errors import AttachError, InputError, SaccadeError
 from saccade.core.seams.private import Name
 from saccade.core.site import match
+from saccade.examining import examination
 
 ALL = {"inputs", "bias", "scores", "weights", "replace", "output", "observe"}
 CACHED = ALL | {"evict"}
@@ -227,7 +228,7 @@ def test_the_one_thing_that_is_missing() -> None:
 
 
 def test_a_method_that_takes_tokens_out_needs_a_cache_that_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examining, "tracks", lambda methods: True)  # as if all did
+    monkeypatch.setattr(examination, "tracks", lambda methods: True)  # as if all did
     fit = next(f for f in examined("jamba")[1].methods if f.slug == "attention_rollout")
     assert fit.fits is False and "LinearAttentionLayer" in fit.missing
 
@@ -418,8 +419,8 @@ def test_the_ranges_are_those_of_the_project() -> None:
         for line in (*project["dependencies"], *extras["diffusers"], *extras["timm"])
         if ">=" in line
     )
-    assert {library: lowest for library, (lowest, _) in examining.RANGES.items()} == {
-        library: wanted[library] for library in examining.RANGES
+    assert {library: lowest for library, (lowest, _) in examination.RANGES.items()} == {
+        library: wanted[library] for library in examination.RANGES
     }
 
 
@@ -431,7 +432,7 @@ def test_versions_outside_of_the_range(
     version: str, said: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        examining, "_version", lambda library: version if library == "transformers" else "99.0"
+        examination, "_version", lambda library: version if library == "transformers" else "99.0"
     )
     found = {v.library: v for v in sc.doctor(Model(Attention), run=False).versions}
     if said is None:
@@ -444,7 +445,7 @@ def test_versions_outside_of_the_range(
 def test_private_names_that_moved_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = Name("transformers.cache_utils:Cache.no_such_thing")
     other = Name("transformers.cache_utils:Cache.crop", ("self", "somewhere_else"))
-    monkeypatch.setitem(examining.PRIVATE, "transformers", (gone, other))
+    monkeypatch.setitem(examination.PRIVATE, "transformers", (gone, other))
     found = {v.library: v.problem for v in sc.doctor(Model(Attention), run=False).versions}
     assert "Cache.no_such_thing is gone" in found["transformers"]
     assert "Cache.crop takes" in found["transformers"]
