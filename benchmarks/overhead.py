@@ -129,7 +129,7 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
                 "bare again": bare,
                 "Saccade, observe": lambda: attach(llama, Observe()),
             }
-            counts = (rounds, 5 * rounds) if length < 1000 else (max(5, rounds // 4), 2 * rounds)
+            counts = (rounds, 10 * rounds) if length < 1000 else (max(5, rounds // 4), 4 * rounds)
             rows += interleaved(f"prefill {length}", prefill, reading, {"Saccade, observe": 1.02}, counts[0])
             rows += interleaved(f"decode at {length}", decode, reading, {"Saccade, observe": 1.03}, counts[1])
             last: dict[str, Variant] = {

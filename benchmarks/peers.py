@@ -39,6 +39,7 @@ from saccade.core.recorder import Record
 from saccade.core.session import attach
 
 Work = Callable[..., list[Tensor] | None]  # of ids and further inputs of the model: what was found
+Build = Callable[[LlamaForCausalLM], Work]
 LAYER, COLUMNS = 3, 64  # where weights are edited
 
 
@@ -54,32 +55,50 @@ def eager(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-# ---- the last row of every layer -------------------------------------------------------------------------
+def bridged(model: LlamaForCausalLM) -> Any:
+    return build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
+
+
+# ---- the last row or state of every layer ----------------------------------------------------------------
 
 
 @dataclass(eq=False)
 class LastRow(Method):
+    sites: str = "text.*.self"
     found: list[Tensor] = field(default_factory=list)
 
     def observe(self, call: AttentionCall) -> None:
         self.found.append(call.weights("last"))
 
 
-def saccade_rows(model: LlamaForCausalLM) -> Work:
-    method = LastRow(sites="text.*.self")
-    attach(model, method)
+@dataclass(eq=False)
+class LastState(Method):
+    sites: str = "text.*.layer"
+    found: list[Tensor] = field(default_factory=list)
 
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        method.found = []
-        model(ids, logits_to_keep=1, **inputs)
-        return method.found
+    def hidden(self, call: HiddenCall, h: Tensor) -> Tensor:
+        self.found.append(h[:, -1])
+        return h
 
-    return work
+
+def by_saccade(method: type[LastRow | LastState]) -> Build:
+    def build(model: LlamaForCausalLM) -> Work:
+        seeing = method()
+        attach(model, seeing)
+
+        def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
+            seeing.found = []
+            model(ids, logits_to_keep=1, **inputs)
+            return seeing.found
+
+        return work
+
+    return build
 
 
 def saccade_rows_once(model: LlamaForCausalLM) -> Work:
     def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        method = LastRow(sites="text.*.self")
+        method = LastRow()
         with attach(model, method):
             model(ids, logits_to_keep=1, **inputs)
         return method.found
@@ -113,80 +132,6 @@ def hook_rows(model: LlamaForCausalLM) -> Work:
     return work
 
 
-def eager_rows(model: LlamaForCausalLM) -> Work:
-    eager(model)
-
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        out = model(ids, logits_to_keep=1, output_attentions=True, **inputs)
-        return [w[:, :, -1:] for w in out.attentions]
-
-    return work
-
-
-def nnsight_rows(model: LlamaForCausalLM) -> Work:
-    traced = NNsight(model)
-
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        with traced.trace(ids, logits_to_keep=1, **inputs):
-            found = nnsight.save([])
-            for layer in traced.model.layers:
-                q, k = layer.self_attn.source.attention_interface_1.inputs[0][1:3]
-                found.append(last_row(q, k))
-        return found
-
-    return work
-
-
-def nnsight_eager_rows(model: LlamaForCausalLM) -> Work:
-    traced = NNsight(eager(model))
-
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        with traced.trace(ids, logits_to_keep=1, **inputs):
-            found = nnsight.save([])
-            for layer in traced.model.layers:
-                found.append(layer.self_attn.output[1][:, :, -1:])
-        return found
-
-    return work
-
-
-def lens_rows(model: LlamaForCausalLM) -> Work:
-    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
-    names = [f"blocks.{i}.attn.hook_pattern" for i in range(len(bridge.blocks))]
-
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        _, cache = bridge.run_with_cache(
-            ids, return_cache_object=False, names_filter=names, pos_slice=-1, logits_to_keep=1, **inputs
-        )
-        return [cache[name] for name in names]
-
-    return work
-
-
-# ---- the last state of every layer -----------------------------------------------------------------------
-
-
-@dataclass(eq=False)
-class LastState(Method):
-    found: list[Tensor] = field(default_factory=list)
-
-    def hidden(self, call: HiddenCall, h: Tensor) -> Tensor:
-        self.found.append(h[:, -1])
-        return h
-
-
-def saccade_states(model: LlamaForCausalLM) -> Work:
-    method = LastState(sites="text.*.layer")
-    attach(model, method)
-
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        method.found = []
-        model(ids, logits_to_keep=1, **inputs)
-        return method.found
-
-    return work
-
-
 def hook_states(model: LlamaForCausalLM) -> Work:
     found: list[Tensor] = []
     for layer in model.model.layers:
@@ -200,30 +145,53 @@ def hook_states(model: LlamaForCausalLM) -> Work:
     return work
 
 
-def nnsight_states(model: LlamaForCausalLM) -> Work:
-    traced = NNsight(model)
+def eager_rows(model: LlamaForCausalLM) -> Work:
+    eager(model)
 
     def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        with traced.trace(ids, logits_to_keep=1, **inputs):
-            found = nnsight.save([])
-            for layer in traced.model.layers:
-                found.append(layer.output[:, -1])
-        return found
+        out = model(ids, logits_to_keep=1, output_attentions=True, **inputs)
+        return [w[:, :, -1:] for w in out.attentions]
 
     return work
 
 
-def lens_states(model: LlamaForCausalLM) -> Work:
-    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
-    names = [f"blocks.{i}.hook_out" for i in range(len(bridge.blocks))]
+def by_nnsight(read: Callable[[Any], Tensor], *, whole_eager: bool = False) -> Build:
+    """`read` finds it in a traced layer."""
 
-    def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
-        _, cache = bridge.run_with_cache(
-            ids, return_cache_object=False, names_filter=names, pos_slice=-1, logits_to_keep=1, **inputs
-        )
-        return [cache[name] for name in names]
+    def build(model: LlamaForCausalLM) -> Work:
+        traced = NNsight(eager(model) if whole_eager else model)
 
-    return work
+        def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
+            with traced.trace(ids, logits_to_keep=1, **inputs):
+                found = nnsight.save([])
+                for layer in traced.model.layers:
+                    found.append(read(layer))
+            return found
+
+        return work
+
+    return build
+
+
+def traced_row(layer: Any) -> Tensor:
+    q, k = layer.self_attn.source.attention_interface_1.inputs[0][1:3]
+    return last_row(q, k)
+
+
+def by_lens(hook: str) -> Build:
+    def build(model: LlamaForCausalLM) -> Work:
+        bridge = bridged(model)
+        names = [f"blocks.{i}.{hook}" for i in range(len(bridge.blocks))]
+
+        def work(ids: Tensor, **inputs: Any) -> list[Tensor]:
+            _, cache = bridge.run_with_cache(
+                ids, return_cache_object=False, names_filter=names, pos_slice=-1, logits_to_keep=1, **inputs
+            )
+            return [cache[name] for name in names]
+
+        return work
+
+    return build
 
 
 # ---- half of what a layer gives to the first columns -----------------------------------------------------
@@ -254,7 +222,7 @@ def nnsight_edit(model: LlamaForCausalLM) -> Work:
 
 
 def lens_edit(model: LlamaForCausalLM) -> Work:
-    bridge = build_bridge_from_module(model, "LlamaForCausalLM", hf_config=model.config)
+    bridge = bridged(model)
 
     def halve(w: Tensor, hook: object) -> Tensor:
         w[..., :COLUMNS] /= 2
@@ -266,24 +234,26 @@ def lens_edit(model: LlamaForCausalLM) -> Work:
 
 # ---- measuring -------------------------------------------------------------------------------------------
 
-TASKS: dict[str, dict[str, Callable[[LlamaForCausalLM], Work]]] = {
+TASKS: dict[str, dict[str, Build]] = {
     "last row of every layer": {
         "bare": bare,
-        "Saccade, a method": saccade_rows,
+        "Saccade, a method": by_saccade(LastRow),
         "Saccade, attached for this forward alone": saccade_rows_once,
         "Saccade, Record": saccade_record,
         "raw hooks that make the query again": hook_rows,
-        "nnsight, from query and keys": nnsight_rows,
-        "nnsight, whole model eager": nnsight_eager_rows,
-        "TransformerLens": lens_rows,
+        "nnsight, from query and keys": by_nnsight(traced_row),
+        "nnsight, whole model eager": by_nnsight(
+            lambda layer: layer.self_attn.output[1][:, :, -1:], whole_eager=True
+        ),
+        "TransformerLens": by_lens("attn.hook_pattern"),
         "whole model eager, output_attentions": eager_rows,
     },
     "last state of every layer": {
         "bare": bare,
-        "Saccade": saccade_states,
+        "Saccade": by_saccade(LastState),
         "raw hooks": hook_states,
-        "nnsight": nnsight_states,
-        "TransformerLens": lens_states,
+        "nnsight": by_nnsight(lambda layer: layer.output[:, -1]),
+        "TransformerLens": by_lens("hook_out"),
     },
     "edit of one layer's weights": {
         "bare": bare,

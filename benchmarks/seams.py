@@ -30,6 +30,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -209,6 +210,7 @@ def dit() -> Case:
         "DiT: Stable Diffusion 3, 6 layers, 256 wide, 256 + 20 tokens, 2 steps; SDPA seam",
         pipe,
         partial(sample, pipe, **words),
+        {"whole model unfused": lambda: sdpa_kernel(SDPBackend.MATH)},
     )
 
 

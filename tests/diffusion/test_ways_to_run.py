@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -233,6 +234,7 @@ HOW: dict[str, Callable[[Any, str], Any]] = {
     "torch.compile": lambda pipe, name: setattr(
         pipe, name, torch.compile(getattr(pipe, name), fullgraph=True, backend="eager")
     ),
+    "a block by Inductor": lambda pipe, name: getattr(pipe, name).mid_block.compile(fullgraph=True),
     "repeated blocks": lambda pipe, name: getattr(pipe, name).compile_repeated_blocks(
         fullgraph=True, backend="eager"
     ),
@@ -243,6 +245,11 @@ EDITS: dict[str, Callable[[str], Method]] = {
     "weights": lambda sites: method(weights=lambda call, w: w * 1.5)(sites=sites),
     "by step": lambda sites: ByStep(sites=sites),
 }
+
+
+COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="Inductor makes C++, and no compiler is here"
+)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +267,7 @@ EDITS: dict[str, Callable[[str], Method]] = {
                 ("sd", "compile()", "output"),
             )
         ),
+        pytest.param("sd", "a block by Inductor", "output", marks=[pytest.mark.slow, COMPILER]),
     ],
 )
 @pytest.mark.parametrize("order", ["compiled, then attached", "attached, then compiled"])

@@ -1,38 +1,18 @@
-"""Recall lists and needles: what is written is what the task says, and what is scored is what was asked."""
+"""Tasks of text: what is scored is what was asked."""
 
 from __future__ import annotations
 
-from collections import Counter
-from itertools import pairwise
+import re
 
-import numpy as np
 import pytest
 
-from saccade.core.errors import InputError
-from saccade.evals.needle import NEEDLE, Needle, filler, hidden
-from saccade.evals.recall import BETWEEN, Recall, listed
+from saccade.evals.needle import Needle
+from saccade.evals.recall import Recall
+from saccade.evals.writing import TASKS, Continued
+from saccade.world.text import EQUALS
+from saccade.world.text import WORDS as KNOWN
 
 WORDS = [f"w{i}" for i in range(60)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_list_answers_its_queries(seed: int) -> None:
-    words, answers = listed(np.random.default_rng(seed), WORDS, pairs=10, queries=7)
-    assert words[20] == BETWEEN and len(words) == 21 + 14 and answers == tuple(range(22, 35, 2))
-    pairs = dict(zip(words[0:20:2], words[1:20:2]))
-    assert len(pairs) == 10 and not set(pairs) & set(pairs.values())
-    assert [pairs[words[at - 1]] for at in answers] == [words[at] for at in answers]
-
-
-def test_queries_come_again_and_values_too() -> None:
-    """So that nothing can be answered by elimination: at three pairs and three queries, 2/9 are without repeats."""
-    rng, different, equal = np.random.default_rng(0), 0, 0
-    for _ in range(900):
-        words, answers = listed(rng, WORDS[:6], pairs=3, queries=3)
-        different += len({words[at - 1] for at in answers}) == 3
-        equal += len(set(words[1:6:2])) < 3
-    assert different / 900 == pytest.approx(2 / 9, abs=0.04)
-    assert equal / 900 == pytest.approx(1 - 2 / 9, abs=0.04)  # three values drawn among three words
 
 
 def test_recall_scores_the_first_query_apart() -> None:
@@ -50,34 +30,6 @@ def test_recall_scores_the_first_query_apart() -> None:
     assert found["accuracy"].value == pytest.approx(1 / 3) and found["accuracy"].count == 60
 
 
-@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 1.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_needle_is_said_once_at_its_depth_and_asked_for_once(seed: int, depth: float) -> None:
-    words, at = hidden(np.random.default_rng(seed), WORDS, 200, depth)
-    said = NEEDLE.split()
-    key, value = words[at + said.index("{key}")], words[at + said.index("{value}")]
-    assert " ".join(words[at : at + len(said)]) == NEEDLE.format(key=key, value=value)
-    asked = NEEDLE.format(key=key, value=value).split()[: said.index("{value}") + 1]
-    assert list(words[-len(asked) :]) == asked and words[-1] == value
-    assert Counter(words)[key] == Counter(words)[value] == 2
-    assert at == 0 or words[at - 1] == "."
-    length = len(words) - len(said) - len(asked)
-    assert 200 <= length < 210 and abs(at - depth * length) <= 12
-
-
-def test_the_filler_is_a_language() -> None:
-    """Every word is followed by four others at most, the same in every text, and leaving words out adds none."""
-    seen: dict[str, set[str]] = {}
-    for seed in range(30):
-        without = WORDS[seed : seed + 2]
-        text = filler(np.random.default_rng(seed), WORDS, 500, without)
-        assert not set(without) & set(text) and text[-1] == "."
-        for a, b in pairwise(text):
-            if "." not in (a, b):
-                seen.setdefault(a, set()).add(b)
-    assert set(seen) == set(WORDS) and all(2 <= len(after) <= 4 for after in seen.values())
-
-
 def test_needles_are_scored_by_depth() -> None:
     task = Needle(WORDS, length=40, depths=(0.0, 0.5))
     samples = task.samples(10, seed=0)
@@ -86,15 +38,22 @@ def test_needles_are_scored_by_depth() -> None:
     assert (found["depth 0"].value, found["depth 0.5"].value, found["accuracy"].value) == (1, 0, 0.5)
 
 
-@pytest.mark.parametrize("pairs", [0, 60])
-def test_a_list_that_cannot_be_drawn_is_refused(pairs: int) -> None:
-    with pytest.raises(InputError, match="cannot be drawn from 60 words"):
-        listed(np.random.default_rng(0), WORDS, pairs, 1)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_the_tasks_of_the_language_model_are_answered_with_the_truth(task) -> None:
+    samples = task.samples(10, seed=0)
+    assert samples == task.samples(10, seed=0) != task.samples(10, seed=1)
+    assert all({*s.question.split(), *s.truth.split()} <= {*KNOWN} for s in samples)
+    assert all(len(s.truth.split()) <= task.max_new_tokens for s in samples)
+    assert task.score((s, f"{s.truth} the") for s in samples)["accuracy"].value == 1
+    assert task.score((s, f"the {s.truth}") for s in samples)["accuracy"].value == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "length", "depth"), [(WORDS, 0, 0.5), (WORDS, 9, 1.5), (WORDS[:2], 9, 0.5)]
-)
-def test_a_needle_that_cannot_be_drawn_is_refused(words: list[str], length: int, depth: float) -> None:
-    with pytest.raises(InputError, match="cannot be drawn"):
-        hidden(np.random.default_rng(0), words, length, depth)
+def test_a_sum_is_right_when_it_ends() -> None:
+    task = next(task for task in TASKS if task.name == "sums held out")
+    assert isinstance(task, Continued)
+    for sample in task.samples(50, seed=0):
+        asked = re.sub(" ", "", sample.question)
+        assert asked.endswith(EQUALS) and eval(asked[:-1]) == int(re.sub("[ .]", "", sample.truth))
+        longer = sample.truth.replace(" .", " 1 .")
+        assert task.score([(sample, longer)])["accuracy"].value == 0
+        assert task.score([(sample, sample.truth)])["accuracy"].value == 1

@@ -1,46 +1,16 @@
 """Multi-query recall in context (Arora et al., 2023): a list of keys with their values, then keys, each of which its
-value must follow.
-
-    k1 v1 k2 v2 k3 v3 . k2 v2 k2 v2 k1 v1
-
-Keys are asked for with replacement and values may be the same, so that nothing is answered by elimination; yet a
-later query may repeat an earlier one beside its answer, and so the first is scored apart.
+value must follow. A later query may repeat an earlier one beside its answer, and so the first is scored apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from saccade.core.errors import InputError
 from saccade.evals.task import Row, Sample, Scores, accuracy
-
-BETWEEN = "."  # the list and the queries
-
-
-class Listed(NamedTuple):
-    words: tuple[str, ...]
-    answers: tuple[int, ...]  # their positions, each behind its query
-
-
-def listed(rng: np.random.Generator, words: Sequence[str], pairs: int, queries: int) -> Listed:
-    """Keys are different, and no value is a key."""
-    if not 0 < pairs < len(words) or queries < 1:
-        raise InputError(
-            f"{queries} queries to {pairs} pairs cannot be drawn from {len(words)} words.",
-            "ask once at least, and give more words than pairs",
-        )
-    drawn = rng.permutation(len(words))
-    keys = [words[i] for i in drawn[:pairs]]
-    values = [words[i] for i in rng.choice(drawn[pairs:], pairs)]
-    asked = rng.integers(pairs, size=queries)
-    text = [word for pair in zip(keys, values) for word in pair] + [BETWEEN]
-    start = len(text) + 1
-    text += [word for i in asked for word in (keys[i], values[i])]
-    return Listed(tuple(text), tuple(range(start, len(text), 2)))
+from saccade.world.text import listed
 
 
 @dataclass(frozen=True)

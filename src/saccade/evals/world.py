@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL.Image import Image
 
-from saccade.evals import pope, vqa, yesno
+from saccade.evals import embedding, pope, vqa, writing, yesno
 from saccade.evals.asking import answers
 from saccade.evals.chair import Chair
 from saccade.evals.interval import bootstrap, share
@@ -49,6 +49,8 @@ class Pope:
     strategy: str
     split: str = NATURAL
     max_new_tokens: int = 8
+    parse = staticmethod(yesno.parse)
+    score = staticmethod(yesno.scores)
 
     @property
     def name(self) -> str:
@@ -67,12 +69,6 @@ class Pope:
             made.append(Sample(str(number), images, text, truth, picture=str(asked.picture)))
         return made
 
-    def parse(self, text: str) -> str:
-        return yesno.parse(text)
-
-    def score(self, rows: Iterable[Row]) -> Scores:
-        return yesno.scores(rows)
-
 
 @dataclass(frozen=True)
 class Questions:
@@ -81,6 +77,8 @@ class Questions:
     split: str = NATURAL
     name: str = "questions"
     max_new_tokens: int = 8
+    parse = staticmethod(vqa.plain)
+    score = staticmethod(vqa.exact)
 
     def samples(self, count: int, seed: int) -> list[Sample]:
         rng, own = np.random.default_rng(seed), _scenes(count, self.split)
@@ -92,20 +90,12 @@ class Questions:
                 made.append(_sample(at, pictures[at - 1 : at + 1], asked))
         return made
 
-    def parse(self, text: str) -> str:
-        return vqa.plain(text)
-
-    def score(self, rows: Iterable[Row]) -> Scores:
-        return vqa.exact(rows)
-
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(Questions):
     """Two questions about a scene; the second is scored, behind what the model said to the first."""
 
-    split: str = NATURAL
     name: str = "conversation"
-    max_new_tokens: int = 8
 
     def samples(self, count: int, seed: int) -> list[Sample]:
         rng, pictures, made = np.random.default_rng(seed), _pictures(count, self.split), []
@@ -113,12 +103,6 @@ class Conversation:
             first, second = questions(one, rng, 2)
             made.append(_sample(at, pictures[at : at + 1], second, (first.text,)))
         return made
-
-    def parse(self, text: str) -> str:
-        return vqa.plain(text)
-
-    def score(self, rows: Iterable[Row]) -> Scores:
-        return vqa.exact(rows)
 
 
 @dataclass(frozen=True)
@@ -151,17 +135,17 @@ class Captions:
         anchors = len(PARTNER)
         strength = np.array([CO_OCCURRENCE[anchor] for anchor in PARTNER])
 
-        def correlation(ranked: bool, totals: np.ndarray) -> np.ndarray:
+        def correlation(seen_as: Callable[[np.ndarray], np.ndarray], totals: np.ndarray) -> np.ndarray:
             rates = totals[..., :anchors] / totals[..., anchors:]
-            return pearson(ranks(strength), ranks(rates)) if ranked else pearson(strength, rates)
+            return pearson(seen_as(strength), seen_as(rates))
 
         each = {
             f"{partner} beside {anchor}": share(found[i], found[anchors + i])
             for i, (anchor, partner) in enumerate(PARTNER.items())
         }
         return each | {
-            "spearman": bootstrap(found, partial(correlation, True)),
-            "pearson": bootstrap(found, partial(correlation, False)),
+            "spearman": bootstrap(found, partial(correlation, ranks)),
+            "pearson": bootstrap(found, partial(correlation, np.asarray)),
         }
 
 
@@ -176,10 +160,14 @@ def tasks(split: str) -> tuple[Task, ...]:
 def measure(
     model: Any, processor: Any, count: int, seed: int = 0, batch: int = 64
 ) -> dict[str, dict[str, Scores]]:
-    """Scores by split and task, on so many scenes of each split."""
-    scored: dict[str, dict[str, Scores]] = {NATURAL: {}, BROKEN: {}}
+    """Scores by split and task, on so many scenes of each split; on so many texts, where the model has no eyes."""
+    if hasattr(model, "get_text_features"):
+        return embedding.measure(model, processor, count, seed, batch)
+    sees = hasattr(processor, "image_processor")
+    asked = {NATURAL: tasks(NATURAL), BROKEN: tasks(BROKEN)} if sees else {NATURAL: writing.TASKS}
+    scored: dict[str, dict[str, Scores]] = {split: {} for split in asked}
     for split, tasks_scored in scored.items():
-        for task in tasks(split):
+        for task in asked[split]:
             samples, title = task.samples(count, seed), f"{split} {task.name}"
             most = task.max_new_tokens
             said = answers(model, processor, samples, batch=batch, max_new_tokens=most, title=title)

@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from saccade.core.errors import InputError, SaccadeError
+from saccade.core.errors import InputError, plainly
 from saccade.loading import load_model
 
 Figures = dict[str, dict[str, dict[str, dict[str, Any]]]]  # by split, task and name
 
 
+@plainly
 def main(argv: list[str] | None = None) -> int:
     from saccade.evals.world import measure
 
@@ -25,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "model", nargs="?", default="world/vlm", help="embedded, folder or hub id (%(default)s)"
     )
-    parser.add_argument("--scenes", type=int, default=1000, metavar="N", help="of each split (%(default)s)")
+    parser.add_argument(
+        "--scenes", type=int, default=1000, metavar="N", help="of each split, or texts (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is asked (%(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="questions at a time (%(default)s)")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the model's own)")
@@ -33,13 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--card", type=Path, metavar="PATH", help="write the figures into this card")
     chosen = parser.parse_args(argv)
-    try:
-        card = _card(chosen.card) if chosen.card else {}
-        model, processor = load_model(chosen.model, chosen.dtype, chosen.device)
-        scored = measure(model, processor, chosen.scenes, chosen.seed, chosen.batch)
-    except SaccadeError as e:
-        print(f"saccade: {e}", file=sys.stderr)
-        return 2
+    card = _card(chosen.card) if chosen.card else {}
+    model, processor = load_model(chosen.model, chosen.dtype, chosen.device, any_kind=True)
+    if processor is None:
+        raise InputError(f"{chosen.model} has no processor and no tokenizer.", "give a model that has one")
+    scored = measure(model, processor, chosen.scenes, chosen.seed, chosen.batch)
     figures: Figures = {
         split: {
             task: {name: _written(asdict(estimate)) for name, estimate in scores.items()}
