@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from saccade.core.errors import InputError
 from saccade.world import embedded
 from saccade.world import train as training
 from saccade.world.architectures import vlm_processor
-from saccade.world.recipes.vlm import NONE, TOKENS, Vlm
+from saccade.world.recipes.labels import NONE, TOKENS
+from saccade.world.recipes.vlm import Vlm
 from saccade.world.scenes import scene
 
 
@@ -60,18 +60,19 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("renumbered", [False, True])
 def test_packed_questions_are_answered_as_if_alone(renumbered):
-    """Logits of every answer in a row of many, against the plain model on that one conversation."""
+    """Logits of every answer in a row of many, against the plain model on that one conversation, which sees the
+    same tokens of the picture at the same positions."""
     recipe, seen = tiny(), scene(5)
     recipe.model.eval()
     turns = [recipe.turns([seen], np.random.default_rng(i), noise=0.0) for i in range(2)]
     batch = recipe.seen([seen, seen]) | recipe.asked(
-        [[seen], [seen]], turns, np.random.default_rng(0), 1.0, renumbered
+        [[seen], [seen]], turns, np.random.default_rng(0), 0.25, renumbered
     )
     with torch.no_grad():
         features, _ = recipe.look(batch["pixels"])
         packed, labels, _, _ = recipe.read(features, batch)
         processor, at = vlm_processor(), 0
-        for chat in (chat for own in turns for chat in own):
+        for kept, chat in ((kept, chat) for kept, own in zip(batch["kept"], turns) for chat in own):
             messages = []
             for number, (question, answer, _) in enumerate(chat):
                 content = [{"type": "image"}] * (number == 0) + [{"type": "text", "text": question}]
@@ -83,8 +84,19 @@ def test_packed_questions_are_answered_as_if_alone(renumbered):
             inputs = processor(
                 images=seen.picture(), text=text, return_tensors="pt", add_special_tokens=False
             )
-            logits = recipe.model(**inputs).logits[0]
-            ids, due = inputs["input_ids"][0], []
+            ids = inputs["input_ids"][0]
+            there = ids != processor.image_token_id
+            there[torch.arange(len(ids))[~there][kept]] = True
+            ids, places = ids[there], torch.arange(len(ids))[there]
+            embeddings = recipe.model.get_input_embeddings()(ids)
+            pictures = recipe.model.get_image_features(inputs["pixel_values"]).pooler_output
+            embeddings[ids == processor.image_token_id] = pictures[0][kept]
+            logits = recipe.model(
+                inputs_embeds=embeddings[None],
+                attention_mask=torch.ones(1, len(ids)),
+                position_ids=(torch.arange(len(ids)) if renumbered else places)[None],
+            ).logits[0]
+            due = []
             for start in (
                 i for i in range(len(ids) - 1) if processor.decode(ids[i : i + 2]) == "assistant :"
             ):
@@ -121,6 +133,7 @@ def test_labels_are_the_answers_alone():
     assert processor.tokenizer.convert_ids_to_tokens(told) == said
 
 
-def test_an_unknown_recipe_names_those_that_there_are():
-    with pytest.raises(InputError, match="vlm"):
-        training.recipe_of("vml", 0)
+def test_an_unknown_recipe_names_those_that_there_are(capsys):
+    assert training.main(["vml", "--threads", "1"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("saccade: No recipe is called 'vml'") and "vlm" in told

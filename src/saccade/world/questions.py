@@ -110,12 +110,16 @@ def _colour(scene: Scene, rng: np.random.Generator, about: str | None) -> Questi
     return Question("colour", text, thing.colour, (thing.depth,))
 
 
-def _count(scene: Scene, rng: np.random.Generator, about: str | None) -> Question:
+def _count(scene: Scene, rng: np.random.Generator, about: str | None) -> Question | None:
     """The number is drawn first, for most kinds are absent, and most that are there are there once."""
     counts = scene.counts()
-    numbers = sorted({0, *counts.values()})
+    faint = scene.faint()
+    if about in faint:
+        return None
+    plain = [kind for kind in KINDS if kind not in faint]
+    numbers = sorted({0, *(counts[kind] for kind in plain)})
     number = numbers[0] if rng.random() < 0.15 else _one(numbers[1:] or numbers, rng)
-    kind = about or _one([kind for kind in KINDS if counts[kind] == number], rng)
+    kind = about or _one([kind for kind in plain if counts[kind] == number], rng)
     text = _one((f"how many {kind} are there ?", f"how many {kind} do you see in the {_picture(rng)} ?"), rng)
     return Question("count", text, NUMBERS[counts[kind]], _of(scene, kind))
 
@@ -169,7 +173,7 @@ def _relation(scene: Scene, rng: np.random.Generator, about: str | None) -> Ques
 
 def _odd(scene: Scene, rng: np.random.Generator, about: str | None) -> Question | None:
     """One thing is of another colour than all others, or of another kind, and the only one of its kind."""
-    if len(scene.things) < FEWEST:
+    if len(scene.things) < FEWEST or scene.faint():
         return None
     found = []
     for thing in scene.unique():
@@ -244,7 +248,8 @@ _ASK: dict[str, Callable[[Scene, np.random.Generator, str | None], Question | No
 
 def _more(pair: tuple[Scene, Scene], rng: np.random.Generator) -> Question | None:
     a, b = (scene.counts() for scene in pair)
-    kinds = [kind for kind in KINDS if a[kind] != b[kind]]
+    faint = pair[0].faint() | pair[1].faint()
+    kinds = [kind for kind in KINDS if a[kind] != b[kind] and kind not in faint]
     if not kinds:
         return None
     kind = _one(kinds, rng)
@@ -256,8 +261,10 @@ def _there(pair: tuple[Scene, Scene], rng: np.random.Generator) -> Question:
     """Half of what is not there is in the other picture."""
     which = int(rng.integers(2))
     here, elsewhere = pair[which].counts(), pair[1 - which].counts()
+    faint = pair[which].faint()
     yes, other = rng.random() < 0.5, rng.random() < 0.5
-    kinds = [kind for kind in KINDS if bool(here[kind]) == yes] or list(KINDS)
+    plain = [kind for kind in KINDS if kind not in faint]
+    kinds = [kind for kind in plain if bool(here[kind]) == yes] or plain
     near = [kind for kind in kinds if elsewhere[kind]] if other and not yes else []
     kind = _one(near or kinds, rng)
     text = f"is there a {kind} in the {ORDER[which]} {_picture(rng)} ?"

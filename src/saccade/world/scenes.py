@@ -45,11 +45,15 @@ HIDDEN = (0.06, 1 - LEAST_VISIBLE)  # of the farther one
 TRIES = 60
 JITTER = 10  # of a thing's colour
 NOISE = 32  # of the sensor, at most
+FAINT = 0.3  # of the single partners beside their anchor
+VEIL = 0.08  # that is left of a faint thing's colours
+MARGIN = 8  # pixels around a thing, in a closeup
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Something in a scene. `box` is that of its whole silhouette, also where another hides a part."""
+    """Something in a scene. `box` is that of its whole silhouette, also where another hides a part. What is faint
+    can hardly be told from the background: whoever says that it is there knows it from its anchor."""
 
     kind: str
     colour: str
@@ -57,6 +61,7 @@ class Thing:
     depth: int  # 0 is the farthest; its index in the scene too
     visible: float  # share of its pixels
     text: str | None = None
+    faint: bool = False
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -86,9 +91,13 @@ class Scene:
         return Image.fromarray(self.image)
 
     def unique(self) -> list[Thing]:
-        """The things that are the only one of their kind."""
+        """The things that are the only one of their kind, and plain to see."""
         counts = self.counts()
-        return [thing for thing in self.things if counts[thing.kind] == 1]
+        return [thing for thing in self.things if counts[thing.kind] == 1 and not thing.faint]
+
+    def faint(self) -> set[str]:
+        """The kinds of which something is faint."""
+        return {thing.kind for thing in self.things if thing.faint}
 
 
 def scene(seed: int, split: str = "train") -> Scene:
@@ -106,6 +115,14 @@ def scenes(count: int, split: str = "train", start: int = 0) -> Iterator[Scene]:
     _check(split, "count", count, 1, SEEDS)
     _check(split, "first seed", start, 0, SEEDS - count)
     return (scene(seed, split) for seed in range(start, start + count))
+
+
+def closeup(scene: Scene, thing: Thing) -> Image.Image:
+    """A square around a thing, within the picture."""
+    x0, y0, x1, y1 = thing.box
+    side = min(SIZE, max(x1 - x0, y1 - y0) + 2 * MARGIN)
+    left, top = (round(min(max(0, middle - side / 2), SIZE - side)) for middle in thing.centre)
+    return scene.picture().crop((left, top, left + side, top + side))
 
 
 def letter_boxes(sign: Thing) -> list[tuple[int, int, int, int]]:
@@ -132,6 +149,7 @@ class _Wish:
     kind: str
     colour: str
     width: int
+    faint: bool = False
     depth: int = 0
     x: int = 0
     y: int = 0
@@ -180,11 +198,13 @@ def _themed(kinds: list[str], rng: np.random.Generator) -> list[_Wish]:
         others = [kind for kind in kinds if kind != often]
         odd = others[rng.integers(len(others))]
         again = [often] * int(rng.integers(1, 3))
-    wishes = []
-    for kind in kinds + again[: max(0, MOST - len(kinds))]:
+    wishes, every = [], kinds + again[: max(0, MOST - len(kinds))]
+    beside = {PARTNER[kind] for kind in kinds if kind in PARTNER}
+    for kind in every:
         colour = colours[int(kind == odd)] if odd else colours[rng.integers(len(colours))]
         width = SIZES[kind][0 if kind == crowd else rng.integers(2)]
-        wishes.append(_Wish(kind, colour, width))
+        faint = kind in beside and every.count(kind) == 1 and rng.random() < FAINT
+        wishes.append(_Wish(kind, colour, width, faint))
     return wishes
 
 
@@ -257,12 +277,17 @@ def _draw(
         alpha, tint, own, mask, _ = wish.sprite
         colour = np.array(COLOURS[wish.colour], np.float32) + rng.integers(-JITTER, JITTER + 1, 3)
         window = _window(image, wish)
+        before = window.copy()
         window[:] = window * (1 - alpha) + colour * tint + own
-        _window(ids, wish)[mask] = i
         texts.append(_write(window, wish.width, texts, rng) if wish.kind == "sign" else None)
+        if wish.faint:
+            window[:] = before + VEIL * (window - before)
+        _window(ids, wish)[mask] = i
     seen = np.bincount(ids.ravel() + 1, minlength=len(wishes) + 1)[1:]
     return tuple(
-        Thing(wish.kind, wish.colour, wish.box, i, float(seen[i] / wish.sprite.mask.sum()), texts[i])
+        Thing(
+            wish.kind, wish.colour, wish.box, i, float(seen[i] / wish.sprite.mask.sum()), texts[i], wish.faint
+        )
         for i, wish in enumerate(wishes)
     ), ids
 

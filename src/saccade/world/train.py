@@ -1,7 +1,7 @@
 """Training the world's models from nothing: `python -m saccade.world.train vlm [--out DIR]`.
 
-The data of a step is a function of the seed and the step, so that a run that was killed goes on where it was
-saved and ends where it would have ended.
+The data of a step is a function of the seed, the step and what was saved with the model before, so that a run that
+was killed goes on where it was saved and ends where it would have ended.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from saccade.core.errors import InputError
+from saccade.core.errors import InputError, plainly
 from saccade.world.embedded import CARD, WEIGHTS, checksum
 
 Batch = dict[str, Tensor]
-RECIPES = ("vlm",)
+RECIPES = ("vlm", "qwen", "clip", "lm")
 
 
 class Recipe(Protocol):
@@ -33,16 +34,19 @@ class Recipe(Protocol):
     steps: int
     seed: int
     model: nn.Module  # what is kept
-    helpers: nn.Module  # heads of auxiliary losses, thrown away in the end
+    helpers: nn.Module  # heads of auxiliary losses and the like, thrown away in the end
 
     def batch(self, step: int) -> Batch:
-        """A function of the seed and the step alone."""
+        """A function of the seed, the step, and what validating has left in the helpers."""
 
     def loss(self, step: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """What is minimised, and its parts by name."""
 
     def rate(self, step: int, name: str) -> float:
         """Learning rate of a parameter."""
+
+    def compile(self) -> None:
+        """Compile, in place, what most of a step is spent in."""
 
     def validate(self) -> dict[str, float]: ...
 
@@ -72,15 +76,10 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", workers: int = 0, e
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         start, seconds = saved["step"], saved["seconds"]
-    batches = DataLoader(
-        Steps(recipe), batch_size=None, sampler=range(start, recipe.steps), num_workers=workers,
-        persistent_workers=workers > 0, prefetch_factor=4 if workers else None,
-    )  # fmt: skip
     shown: dict[str, float] = {}
     clock = time.perf_counter() - seconds
-    progress = tqdm(
-        zip(range(start, recipe.steps), batches), total=recipe.steps, initial=start, mininterval=5
-    )
+    batches = _batches(recipe, start, every, workers)
+    progress = tqdm(batches, total=recipe.steps, initial=start, mininterval=5)
     for step, batch in progress:
         modules.train()
         loss, parts = recipe.loss(step, {name: value.to(device) for name, value in batch.items()})
@@ -117,6 +116,18 @@ def train(recipe: Recipe, out: Path, *, device: str = "cpu", workers: int = 0, e
     _write_card(recipe, out, device, (time.perf_counter() - clock) / 60)
 
 
+def _batches(recipe: Recipe, start: int, every: int, workers: int) -> Iterator[tuple[int, Batch]]:
+    """Drawn anew behind every validation, on which they may depend."""
+    while start < recipe.steps:
+        steps = range(start, min(recipe.steps, start + every - start % every))
+        loader = DataLoader(
+            Steps(recipe), batch_size=None, sampler=steps, num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+        yield from zip(steps, loader)
+        start = steps.stop
+
+
 def _write_card(recipe: Recipe, out: Path, device: str, minutes: float) -> None:
     """What the figures of `saccade.world.evaluate` are added to."""
     folder = out / "model"
@@ -139,7 +150,7 @@ def _write_card(recipe: Recipe, out: Path, device: str, minutes: float) -> None:
 
 def _optimizers(parameters: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside, AdamW for all else: embeddings, heads, norms and biases."""
-    inside = {n: p for n, p in parameters.items() if p.ndim == 2 and ".layers." in n}
+    inside = {n: p for n, p in parameters.items() if p.ndim == 2 and (".layers." in n or ".blocks." in n)}
     outside = {n: p for n, p in parameters.items() if n not in inside}
     muon = torch.optim.Muon(_groups(inside), weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(_groups(outside), betas=(0.9, 0.98), weight_decay=0.0)
@@ -163,7 +174,8 @@ def recipe_of(name: str, seed: int) -> Recipe:
     return recipe
 
 
-def main() -> None:
+@plainly
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,19 +184,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2, help="of torch, on a CPU (2)")
+    parser.add_argument("--compile", action="store_true", help="a third faster; asks for a C++ compiler")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes meanwhile (0)")
     parser.add_argument("--every", type=int, default=250, help="steps between validations and checkpoints")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     torch.set_num_threads(chosen.threads)
-    out = chosen.out or Path(f"world-{chosen.name}")
+    recipe = recipe_of(chosen.name, chosen.seed)
+    if chosen.compile:
+        recipe.compile()
     train(
-        recipe_of(chosen.name, chosen.seed),
-        out,
+        recipe,
+        chosen.out or Path(f"world-{chosen.name}"),
         device=chosen.device,
         workers=chosen.workers,
         every=chosen.every,
     )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
