@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from saccade.core.errors import InputError
 from saccade.core.method import Method
-from saccade.core.question import pictures_of, prepare_batch, written
+from saccade.core.question import Answer, pictures_of, prepare_batch, written
 from saccade.core.samples import to_model
 from saccade.core.session import attach
 from saccade.evals.task import Sample
@@ -26,16 +28,17 @@ def answers(
     batch: int = 64,
     max_new_tokens: int = 64,
     title: str = "",
-) -> list[str]:
+) -> list[Answer]:
     """What the model says to every sample, greedily, with the methods at work. Earlier questions of a sample are
-    asked first, and what the model said to them is in the prompt of the next."""
+    asked first, and what the model said to them is in the prompt of the next. Progress has a title, or is not shown.
+    """
     if batch < 1:
         raise InputError(f"{batch} questions at a time are none.", "ask one at least")
     asked = [(*sample.earlier, sample.question) for sample in samples]
-    talks: list[list[tuple[str, str]]] = [[] for _ in samples]  # what was asked and said
+    talks: list[list[tuple[str, Answer]]] = [[] for _ in samples]  # what was asked and said
     methods = tuple(methods)
     attached = attach(model, methods) if methods else contextlib.nullcontext()
-    with attached, tqdm(total=sum(map(len, asked)), desc=title, unit="answer") as progress:
+    with attached, tqdm(total=sum(map(len, asked)), desc=title, unit="answer", disable=not title) as progress:
         for turn in range(max(map(len, asked), default=0)):
             due = [i for i, questions in enumerate(asked) if turn < len(questions)]
             for some in _batches(due, samples, asked, turn, batch):
@@ -63,10 +66,28 @@ def _batches(
         yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
-def _generated(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[str]:
+def _generated(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[Answer]:
     given = {name: to_model(model, value) for name, value in inputs.items()}
+    start = time.perf_counter()
     made = model.generate(**given, do_sample=False, max_new_tokens=max_new_tokens)
     ids = getattr(made, "sequences", made)
-    said = ids if model.config.is_encoder_decoder else ids[:, given["input_ids"].shape[1] :]
+    begun = 1 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
+    lengths = _lengths(model, ids[:, begun:])
+    seconds = (time.perf_counter() - start) / len(ids)
+    said = ids if model.config.is_encoder_decoder else ids[:, begun:]
     tokenizer = getattr(processor, "tokenizer", processor)
-    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+    found = []
+    for text, tokens in zip(tokenizer.batch_decode(said, skip_special_tokens=True), lengths, strict=True):
+        answer = Answer(text.strip())
+        answer.seconds, answer.tokens = seconds, tokens
+        found.append(answer)
+    return found
+
+
+def _lengths(model: Any, said: torch.Tensor) -> list[int]:
+    """Tokens up to the one that ends an answer, and that one; (batch, tokens) is padded behind it."""
+    ends = model.generation_config.eos_token_id
+    last = torch.isin(said, torch.tensor([] if ends is None else ends, dtype=said.dtype, device=said.device))
+    behind = last.cumsum(1).bool().sum(1) - last.any(1).long()
+    found: list[int] = (said.shape[1] - behind).tolist()
+    return found

@@ -53,7 +53,8 @@ def retrieval(model: Any, processor: Any, count: int, split: str) -> Scores:
 def zero_shot(model: Any, processor: Any, count: int, split: str, seed: int, batch: int) -> Scores:
     """Of a thing in every scene, its kind among all, and its colour where the kind is told."""
     rng = np.random.default_rng(seed)
-    near = [(one, one.things[rng.integers(len(one.things))]) for one in scenes(count, split) if one.things]
+    shown = ((one, one.plain()) for one in scenes(count, split))
+    near = [(one, things[rng.integers(len(things))]) for one, things in shown if things]
     texts = [photo_of(kind) for kind in KINDS] + [photo_of(kind, hue) for kind in KINDS for hue in COLOURS]
     kinds = colours = 0
     for start in range(0, len(near), batch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import nan, sqrt
 
 import numpy as np
@@ -15,6 +15,27 @@ BLOCK = 100  # draws at a time, for memory
 
 
 @dataclass(frozen=True)
+class Draws:
+    """Pictures drawn with replacement, the same ones for as many pictures and the same seed."""
+
+    totals: np.ndarray  # (pictures, columns)
+    statistic: Callable[[np.ndarray], np.ndarray]
+    seed: int
+
+    def values(self) -> np.ndarray:
+        pictures = len(self.totals)
+        rng = np.random.default_rng(self.seed)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = [
+                self.statistic(
+                    rng.multinomial(pictures, np.full(pictures, 1 / pictures), BLOCK) @ self.totals
+                )
+                for _ in range(DRAWS // BLOCK)
+            ]
+        return np.concatenate(drawn)
+
+
+@dataclass(frozen=True)
 class Estimate:
     """NaN where there is nothing to estimate from."""
 
@@ -22,6 +43,7 @@ class Estimate:
     low: float
     high: float
     count: int  # of what the value is a share or a mean of
+    draws: Draws | None = field(default=None, repr=False, compare=False)
 
 
 def wilson(hits: float, count: int) -> Estimate:
@@ -37,26 +59,41 @@ def bootstrap(totals: ArrayLike, statistic: Callable[[np.ndarray], np.ndarray], 
     """Pictures drawn with replacement (Efron, 1979). `totals` (columns, pictures) are sums within a picture, and
     `statistic` makes a number of their sums over pictures, (..., columns) -> (...)."""
     totals = np.asarray(totals, np.float64).T
-    pictures = len(totals)
-    rng = np.random.default_rng(seed)
+    draws = Draws(totals, statistic, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         value = float(statistic(totals.sum(0)))
-        drawn = [
-            statistic(rng.multinomial(pictures, np.full(pictures, 1 / pictures), BLOCK) @ totals)
-            for _ in range(DRAWS // BLOCK)
-        ]
-    found = np.concatenate(drawn)
-    found = found[np.isfinite(found)]
+    return Estimate(value, *_ends(draws.values()), len(totals), draws)
+
+
+def difference(one: Estimate, other: Estimate) -> Estimate:
+    """Of two estimates on the same pictures, in the same order, which are drawn for both together. The count is of
+    the pictures in which they differ; without draws there is no interval."""
+    value = one.value - other.value
+    if one.draws is None or other.draws is None:
+        return Estimate(value, nan, nan, 0)
+    differ = int((one.draws.totals != other.draws.totals).any(1).sum())
+    return Estimate(value, *_ends(one.draws.values() - other.draws.values()), differ)
+
+
+def _ends(drawn: np.ndarray) -> tuple[float, float]:
+    found = drawn[np.isfinite(drawn)]
     low, high = np.percentile(found, (2.5, 97.5)) if len(found) else (nan, nan)
-    return Estimate(value, float(low), float(high), pictures)
+    return float(low), float(high)
 
 
 def share(hits: ArrayLike, of: ArrayLike, seed: int = 0) -> Estimate:
     """How many of how many, each given by picture."""
     hits, of = np.asarray(hits, np.float64), np.asarray(of, np.float64)
     met, count, pictures = float(hits.sum()), int(of.sum()), int((of > 0).sum())
+    totals = np.stack([hits, of])
     if count == pictures:
-        return wilson(met, count)
-    if met in (0, count):  # every draw would be alike, which is no certainty
-        return replace(wilson(pictures * met / count, pictures), count=count)
-    return replace(bootstrap(np.stack([hits, of]), lambda t: t[..., 0] / t[..., 1], seed), count=count)
+        found = wilson(met, count)
+    elif met in (0, count):  # every draw would be alike, which is no certainty
+        found = wilson(pictures * met / count, pictures)
+    else:
+        return replace(bootstrap(totals, _ratio, seed), count=count)
+    return replace(found, count=count, draws=Draws(totals.T, _ratio, seed))
+
+
+def _ratio(totals: np.ndarray) -> np.ndarray:
+    return totals[..., 0] / totals[..., 1]

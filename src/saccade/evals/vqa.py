@@ -54,6 +54,10 @@ def soft_accuracy(text: str, people: Sequence[str]) -> float:
     said, truths = _one_line(text), [_one_line(truth) for truth in people]
     if len(set(truths)) > 1:
         said, truths = normalised(said), [normalised(truth) for truth in truths]
+    return agreement(said, truths)
+
+
+def agreement(said: str, truths: Sequence[str]) -> float:
     agree = sum(truth == said for truth in truths)
     credits = [min(1.0, (agree - (truth == said)) / AGREE) for truth in truths]
     return sum(credits) / len(credits)
