@@ -46,11 +46,18 @@ def load(name: str) -> tuple[Any, Any]:
     """A model in float32 and its processor: `load("vlm")`."""
     path = folder(name)
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
-    kinds = {"answers": AutoModelForImageTextToText, "writes": AutoModelForCausalLM, "embeds": AutoModel}
-    model = kinds[card(name)["does"]].from_pretrained(path, dtype=torch.float32, use_safetensors=True)
-    return model.eval(), AutoProcessor.from_pretrained(path)
+    from saccade.loading import failure, quiet
+
+    try:
+        from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+        kinds = {"answers": AutoModelForImageTextToText, "writes": AutoModelForCausalLM, "embeds": AutoModel}
+        with quiet():
+            model = kinds[card(name)["does"]].from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+            return model.eval(), AutoProcessor.from_pretrained(path)
+    except (ImportError, RuntimeError) as e:  # beside a torchvision of another torch
+        raise failure(f"world/{name}", True, e) from e
 
 
 def checksum(path: Path) -> str:

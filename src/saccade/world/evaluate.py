@@ -79,6 +79,7 @@ def _written(estimate: dict[str, Any]) -> dict[str, Any]:
     return {
         name: None if math.isnan(value) else round(value, 4) if isinstance(value, float) else value
         for name, value in estimate.items()
+        if name != "draws"
     }
 
 

@@ -93,7 +93,11 @@ class Scene:
     def unique(self) -> list[Thing]:
         """The things that are the only one of their kind, and plain to see."""
         counts = self.counts()
-        return [thing for thing in self.things if counts[thing.kind] == 1 and not thing.faint]
+        return [thing for thing in self.plain() if counts[thing.kind] == 1]
+
+    def plain(self) -> list[Thing]:
+        """The things that can be told from the background."""
+        return [thing for thing in self.things if not thing.faint]
 
     def faint(self) -> set[str]:
         """The kinds of which something is faint."""

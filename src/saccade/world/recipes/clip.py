@@ -67,8 +67,8 @@ class Clip:
         }
 
     def near(self, scenes: list[Scene], rng: np.random.Generator) -> list[tuple[Scene, Thing]]:
-        """A thing of every scene that has any."""
-        return [(seen, seen.things[rng.integers(len(seen.things))]) for seen in scenes if seen.things]
+        """A thing of every scene that shows any."""
+        return [(seen, seen.plain()[rng.integers(len(seen.plain()))]) for seen in scenes if seen.plain()]
 
     def inputs(self, images: list[np.ndarray], texts: list[str], of: str) -> Batch:
         written = self.processor.tokenizer(texts, padding=True, return_tensors="pt")
