@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import io
 from itertools import groupby
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from mkdocs.structure.files import File
 import saccade
 from saccade import catalog
 from saccade.core import errors
+from saccade.world import embedded
+from saccade.world.sheet import sheet
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SOURCE = """
@@ -30,16 +33,46 @@ def on_files(files, config):
         files.append(File.generated(config, path, content=text))
     for plot in BENCHMARKS.glob("results/*.svg"):
         files.append(File.generated(config, plot.name, content=plot.read_text()))
+    scenes = io.BytesIO()
+    sheet(8).save(scenes, "PNG")
+    files.append(File.generated(config, "scenes.png", content=scenes.getvalue()))
     return files
 
 
 def on_page_markdown(markdown, **_):
-    return markdown.replace("<!-- errors -->", kinds_of_errors())
+    return markdown.replace("<!-- errors -->", kinds_of_errors()).replace("<!-- cards -->", cards())
 
 
 def kinds_of_errors() -> str:
     kinds = errors.SaccadeError.__subclasses__()
     return table(("error", "of what"), [(f"`{kind.__name__}`", inspect.getdoc(kind)) for kind in kinds])
+
+
+def cards() -> str:
+    """What is known of every embedded model."""
+    parts = []
+    for name in embedded.names():
+        card = embedded.card(name)
+        facts = {key: str(card[key]) for key in ("parameters", "steps", "seed", "device", "minutes", "torch")}
+        parts += [f"### `world/{name}`", card["recipe"], table(facts, [facts.values()])]
+        figures = card["figures"]
+        splits = [split for split in figures if isinstance(figures[split], dict)]
+        rows = [
+            (task, measured, *(_interval(figures[split][task].get(measured)) for split in splits))
+            for task in figures[splits[0]]
+            for measured in figures[splits[0]][task]
+        ]
+        parts += [f"On {figures['scenes']} scenes of each split, with 95% intervals:"]
+        parts += [table(("task", "figure", *splits), rows)]
+        parts += ["Known failures:", "\n".join(f"- {failure}" for failure in card["failures"])]
+    return "\n\n".join(parts)
+
+
+def _interval(estimate) -> str:
+    if estimate is None or estimate["value"] is None:
+        return ""
+    ends = (estimate["low"], estimate["high"])
+    return f"{estimate['value']:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if None not in ends else "")
 
 
 def api() -> str:

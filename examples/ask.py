@@ -14,8 +14,8 @@ if len(sys.argv) == 4:
     model, processor = looking.load_model(sys.argv[1])
     image, question = Image.open(sys.argv[2]), sys.argv[3]
 else:
-    model, processor = looking.untrained()
-    image, question = looking.scene(), "what is on the table ?"
+    model, processor = sc.world.load("vlm")
+    image, question = sc.world.scene(9, "test").picture(), "what colour is the car ?"
 
 bare = sc.ask(model, processor, image, question, max_new_tokens=8)
 steered = sc.ask(model, processor, image, question, stack="zerotuning(gamma=30.0)", max_new_tokens=8)

@@ -2,7 +2,7 @@
 
     python examples/drive.py [MODEL IMAGE QUESTION]
 
-Without arguments a tiny model with random weights looks at a drawn scene.
+Without arguments the model that ships with the package looks at a drawn scene.
 """
 
 import sys
@@ -17,8 +17,8 @@ if len(sys.argv) == 4:
     model, processor = looking.load_model(sys.argv[1])
     image, question = Image.open(sys.argv[2]), sys.argv[3]
 else:
-    model, processor = looking.untrained()
-    image, question = looking.scene().resize((384, 288)), "what is on the table ?"
+    model, processor = sc.world.load("vlm")
+    image, question = sc.world.scene(9, "test").picture().resize((384, 384)), "what colour is the car ?"
 
 # A driver stands in a stack like a method; the stack's methods act in its answers.
 bare = sc.ask(model, processor, image, question, max_new_tokens=8)

@@ -2,7 +2,7 @@
 
     python examples/look.py [MODEL IMAGE QUESTION]
 
-MODEL is a folder or a hub id. Without arguments a tiny model with random weights looks at a drawn scene.
+MODEL is a folder or a hub id. Without arguments the model that ships with the package looks at a drawn scene.
 """
 
 import sys
@@ -16,8 +16,8 @@ if len(sys.argv) == 4:
     model, processor = looking.load_model(sys.argv[1])
     image, question = Image.open(sys.argv[2]), sys.argv[3]
 else:
-    model, processor = looking.untrained()
-    image, question = looking.scene(), "what is on the table ?"
+    model, processor = sc.world.load("vlm")
+    image, question = sc.world.scene(9, "test").picture(), "what colour is the car ?"
 
 seen = sc.look(model, processor, image, question, max_new_tokens=8)
 print(seen.plain(width=60))

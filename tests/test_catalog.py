@@ -260,6 +260,7 @@ def test_importing_saccade_is_light():
 def test_the_public_names_are_declared_once():
     import saccade
 
-    assert set(saccade.__all__) == set(saccade._HOMES)
-    for name in saccade.__all__:
+    assert set(saccade.__all__) == {*saccade._HOMES, "bench", "world"}
+    for name in saccade._HOMES:
         assert getattr(saccade, name).__name__ == name
+    assert saccade.world.__name__ == "saccade.world" and callable(saccade.bench)

@@ -176,7 +176,6 @@ def looking(monkeypatch, tmp_path):
         ask=answer,
         look=lambda *args, **kwargs: answer(*args, **kwargs) and recording,
         load_model=lambda name, **flags: ((name, *flags.values()), "processor"),
-        demo=lambda: print("the demo"),
         asked=asked,
     )
     monkeypatch.setitem(sys.modules, "saccade.looking", fake)
@@ -238,7 +237,8 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, looking, tmp_path, a
     assert said in err
 
 
-def test_demo(run, looking):
+def test_demo(run, monkeypatch):
+    monkeypatch.setattr("saccade.demonstration.demo", lambda: print("the demo"))
     assert run("demo")[:2] == (0, "the demo\n")
 
 

@@ -13,6 +13,7 @@ SRC = Path(__file__).parents[1] / "src"
 LINES = (
     ("__init__", "__main__"),
     ("cli",),
+    ("demonstration",),
     ("looking", "examining"),
     ("report", "bench"),
     ("evals",),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers import shared
 from PIL import Image
-from zoo import FAMILIES, Family, family, select
+from zoo import Family, family, select
 
 import saccade as sc
 from saccade import cli, looking
@@ -166,9 +166,9 @@ def test_a_torchvision_of_another_torch_is_recognised(folder: Path, tmp_path: Pa
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     code = f"""
-from saccade import looking
+from saccade import demonstration, looking
 from saccade.core.errors import InputError
-for call in (lambda: looking.load_model({str(folder)!r}, device="cpu"), looking.demo):
+for call in (lambda: looking.load_model({str(folder)!r}, device="cpu"), demonstration.demo):
     try:
         call()
     except InputError as e:
@@ -199,15 +199,3 @@ def test_the_commands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sc.Recording.load("seen.safetensors").overlay().size[0] == 512
     assert cli.main(["look", "cup.png", "--ask", QUESTION, *model, "-o", "no/folder.png"]) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_the_demonstration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    looking.demo()
-    out = capsys.readouterr().out
-    assert out.count("the bare model's, to the bit") == 2 and "means anything yet" in out
-    assert max(map(len, out.splitlines())) <= 100
-    assert Image.open("demo.png").size[0] == 512
-    with pytest.raises(SaccadeError, match="cannot be written"):
-        looking.demo("no/folder.png")
-    assert "llava" in FAMILIES  # the zoo's models stay as they were

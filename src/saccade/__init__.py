@@ -10,9 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from saccade import world
+    from saccade.bench.runner import bench
     from saccade.catalog import methods
     from saccade.core.call import AttentionCall
     from saccade.core.card import Card
+    from saccade.core.cost import Count
     from saccade.core.driver import Driver, Experiment
     from saccade.core.errors import SaccadeError
     from saccade.core.layout import Layout
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
     from saccade.core.recorder import Record
     from saccade.core.session import Session, attach
     from saccade.core.site import Site
-    from saccade.examining import Diagnosis, doctor
+    from saccade.examining.diagnosis import Diagnosis
+    from saccade.examining.examination import doctor
     from saccade.looking import ask, look
     from saccade.stack import load
 
@@ -30,6 +34,7 @@ __all__ = [
     "Answer",
     "AttentionCall",
     "Card",
+    "Count",
     "Diagnosis",
     "Driver",
     "Experiment",
@@ -43,18 +48,21 @@ __all__ = [
     "Site",
     "ask",
     "attach",
+    "bench",
     "doctor",
     "load",
     "look",
     "methods",
     "option",
+    "world",
 ]
 
 _HOMES = {
     "Answer": "core.question",
     "AttentionCall": "core.call",
     "Card": "core.card",
-    "Diagnosis": "examining",
+    "Count": "core.cost",
+    "Diagnosis": "examining.diagnosis",
     "Driver": "core.driver",
     "Experiment": "core.driver",
     "Layout": "core.layout",
@@ -67,7 +75,7 @@ _HOMES = {
     "Site": "core.site",
     "ask": "looking",
     "attach": "core.session",
-    "doctor": "examining",
+    "doctor": "examining.examination",
     "load": "stack",
     "look": "looking",
     "methods": "catalog",
@@ -78,6 +86,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if home := _HOMES.get(name):
         value = getattr(import_module(f"saccade.{home}"), name)
+    elif name in ("bench", "world"):
+        value = import_module(f"saccade.{name}")
     elif name[:1].isupper():
         value = import_module("saccade.catalog").load_named(name)
     else:

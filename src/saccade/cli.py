@@ -10,10 +10,11 @@ import os
 import shutil
 import sys
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade import catalog
-from saccade.core.errors import InputError, SaccadeError, nearest
+from saccade.core.errors import InputError, nearest, plainly
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,19 +24,25 @@ if TYPE_CHECKING:
 
 WIDEST = 100
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+BENCH = {
+    "model": (),
+    "with": (),
+    "task": (),
+    "out": "",
+    "limit": None,
+    "seed": 0,
+    "batch": 32,
+    "dtype": None,
+    "device": None,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
-        code: int = args.run(args)
+        code: int = (args.run if args.debug else plainly(args.run))(args)
         sys.stdout.flush()  # a closed pipe shows here, not while the interpreter leaves
         return code
-    except SaccadeError as e:
-        if args.debug:
-            raise
-        print(f"saccade: {e}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -109,6 +116,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="the diagnosis as JSON")
     doctor.add_argument("--no-pass", action="store_true", help="do not run the model")
 
+    bench = command(
+        "bench",
+        _bench,
+        "Ask models under stacks, and bare, what tasks ask; the same command goes on where it was cut off.",
+        "saccade bench --model world/vlm --with var 'fastervlm(keep=0.25)' --task world/questions --out runs",
+    )
+    bench.add_argument("--model", nargs="+", metavar="M", help="embedded, folder or hub id")
+    bench.add_argument("--with", nargs="+", metavar="STACK", help='joined by "+", or a .stack file')
+    bench.add_argument("--task", nargs="+", metavar="T", help="such as world/questions")
+    bench.add_argument("--out", metavar="DIR", help="where rows are kept")
+    bench.add_argument("--limit", type=int, metavar="N", help="pictures, or texts (500)")
+    bench.add_argument("--seed", type=int, metavar="N", help="of what is asked (0)")
+    bench.add_argument("--batch", type=int, metavar="N", help="questions at a time (32)")
+    bench.add_argument(
+        "--config", metavar="FILE", help="YAML with these options by name; the line's own go first"
+    )
+    bench.add_argument("--json", action="store_true", help="the results as JSON")
+
+    results = command(
+        "results",
+        _results,
+        "Tell what a folder's rows came to, beside the bare model.",
+        "saccade results runs --markdown",
+    )
+    results.add_argument("out", metavar="DIR", help="that `saccade bench` wrote")
+    forms = results.add_mutually_exclusive_group()
+    for form in ("markdown", "csv", "json"):
+        forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="plain")
+
     about = "The embedded world: drawn scenes, and what is true of them."
     parts = commands.add_parser("world", help=about, description=about)
     sheet = command(
@@ -125,9 +161,9 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="test", metavar="S", help="train, calibration, test, broken (%(default)s)"
     )
 
-    for sub in (look, ask, doctor):
+    for sub in (look, ask, doctor, bench):
         model = sub.add_argument_group("model").add_argument
-        if sub is not doctor:
+        if sub in (look, ask):
             sub.add_argument("--with", dest="stack", metavar="STACK", help='joined by "+", or a .stack file')
             model(
                 "--model", default="world/vlm", metavar="M", help="embedded, folder or hub id (%(default)s)"
@@ -278,20 +314,67 @@ def _ask(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from saccade import examining, loading
+    from saccade import loading
+    from saccade.examining.examination import doctor
 
     model, processor = loading.load_model(
         args.model, args.dtype, args.device, args.trust_remote_code, any_kind=True
     )
-    diagnosis = examining.doctor(model, processor, run=not args.no_pass)
+    diagnosis = doctor(model, processor, run=not args.no_pass)
     print(diagnosis.json() if args.json else diagnosis.plain(_width()))
     return 0 if diagnosis.healthy else 1
 
 
-def _demo(args: argparse.Namespace) -> int:
-    from saccade import looking
+def _bench(args: argparse.Namespace) -> int:
+    given = {name: value for name in BENCH if (value := vars(args)[name]) is not None}
+    options = BENCH | (_config(args.config) if args.config else {}) | given
+    for name in ("model", "task", "out"):
+        if not options[name]:
+            raise InputError(f"There is no {name}.", f"give --{name}, or {name} in --config")
+    from saccade.bench.runner import bench
 
-    looking.demo()
+    models, stacks, tasks, out = (options.pop(name) for name in ("model", "with", "task", "out"))
+    found = bench(models, stacks, tasks, out, trust_remote_code=args.trust_remote_code, **options)
+    print(found.json() if args.json else found.plain(_width()))
+    return 0
+
+
+def _config(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"{path} cannot be read: {e}.", "give a YAML file") from e
+    if not isinstance(found, dict):
+        raise InputError(f"{path} has no options by name.", "as in: `model: world/vlm`")
+    for name, value in found.items():
+        if name not in BENCH:
+            near = nearest(str(name), BENCH) or f"use {', '.join(BENCH)}"
+            raise InputError(f"{path}: there is no option {name!r}.", near)
+        kinds: Any = int if name in ("limit", "seed", "batch") else str
+        several = isinstance(value, list) and BENCH[name] == ()
+        if not all(isinstance(one, kinds) for one in (value if several else [value])):
+            raise InputError(f"{path}: {name} is {value!r}.", f"give {kinds.__name__} there")
+    return found
+
+
+def _results(args: argparse.Namespace) -> int:
+    from saccade.bench.results import Results
+
+    found = Results.read(Path(args.out))
+    if not found:
+        print(f"There are no rows in {args.out}.", file=sys.stderr)
+        return 1
+    made = found.plain(_width()) if args.form == "plain" else getattr(found, args.form)()
+    print(made.rstrip("\n"))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from saccade import demonstration
+
+    demonstration.demo()
     return 0
 
 

@@ -54,8 +54,7 @@ def load_model(
         raise OptionError(f"No dtype is called {dtype!r}.", f"use {', '.join(DTYPES)}")
     place = _device(device)
     if name.startswith("world/"):
-        with quiet():
-            model, processor = importlib.import_module("saccade.world").load(name.removeprefix("world/"))
+        model, processor = importlib.import_module("saccade.world").load(name.removeprefix("world/"))
     else:
         model, processor = _pretrained(name, dtype, trust_remote_code, any_kind)
     wanted = getattr(torch, dtype) if dtype else model.dtype
