@@ -40,6 +40,19 @@ def test_what_it_measures() -> None:
     assert bare.accuracy.count == 3
 
 
+def test_what_it_looked_at_is_kept_when_measuring_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demonstration, "measure", killed)
+    with pytest.raises(KeyboardInterrupt):
+        demo()
+    assert "<button" in Path("demo.html").read_text()
+
+
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         demo(str(tmp_path / "no" / "demo.html"))

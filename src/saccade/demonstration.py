@@ -81,7 +81,6 @@ HEAD = ("", "questions right", "named, but not there", "visual tokens", "time")
 def demo(out: str = "demo.html", scenes: int = 200) -> None:
     """Ask about a drawn scene, see where the model looks, then measure methods on so many others."""
     path = Path(out)
-    _write(path, "")
     with quiet():
         model, processor = embedded.load(MODEL)
         picture = scene(SHOWN, "test").picture()
@@ -91,6 +90,7 @@ def demo(out: str = "demo.html", scenes: int = 200) -> None:
     print(f"A drawn scene, and a {type(model).__name__} of {size:,} parameters, trained on such scenes.\n")
     print(asked.plain())
     print(f"\n{safe(ASKED)}\n» {told.answer()}\n")
+    _write(path, page(asked, told, [], scenes))
     print(f"Where it looked for every word of that: {path}\n")
     print(f"The same on {scenes} other scenes, with {REDUCING} and {STEERING}:")
     rows = [measure(model, processor, title, stack, scenes) for title, stack in STACKS.items()]
