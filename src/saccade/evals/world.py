@@ -21,7 +21,7 @@ from saccade.world.questions import WEIGHTS, Question, ask, ask_pair, questions
 from saccade.world.scenes import Scene, scenes
 from saccade.world.words import article
 
-NATURAL, BROKEN = "test", "broken"
+NATURAL, BROKEN, CALIBRATION = "test", "broken", "calibration"
 
 # What models of another vocabulary may call the things.
 SYNONYMS = {kind: kind for kind in KINDS} | {
@@ -60,7 +60,8 @@ class Pope:
         rng = np.random.default_rng(seed)
         pictures = _pictures(count, self.split)
         objects = [rng.permutation(sorted(one.counts())).tolist() for one in _scenes(count, self.split)]
-        habits = [sorted(one.counts()) for one in _scenes(count, NATURAL)]
+        habitual = NATURAL if self.split == BROKEN else self.split
+        habits = [sorted(one.counts()) for one in _scenes(count, habitual)]
         made = []
         for number, asked in enumerate(pope.questions(objects, self.strategy, rng, habits)):
             text = f"is there {article(asked.name)} {asked.name} in the image ?"

@@ -21,6 +21,8 @@ from saccade.world.train import Batch, trapezoid
 from saccade.world.words import INDEX
 
 COUNTS = 6
+UNREAD = [NONE] * 3
+KNOWN = [1, COUNTS, len(COLOURS), 2, 3 * len(LETTERS)]  # there, how many, colour, where, letters
 HIDDEN = 128
 IMAGE = INDEX["<image>"]
 NOISE = 0.25  # of the absent partners of things that are there are said to be there too, whatever the pair
@@ -28,6 +30,7 @@ ASKED_OFTEN = {
     "presence": 2.0, "colour": 1.5, "count": 3.0, "side": 0.7, "height": 0.7, "relation": 1.5, "odd": 2.0,
     "reading": 8.0, "leading": 1.5, "place": 0.2,
 }  # fmt: skip
+WEIGHTS = {"caption": 0.5, "reading": 2.0}  # of a word in the loss; 1 for all others
 Turn = tuple[str, str, str]  # question, answer, kind of question
 
 
@@ -53,7 +56,7 @@ class Packed:
             self.kinds += [len(self.ids) + i for i, word in enumerate(asked) if word in KINDS]
             said = answer.split()
             words = [*asked, "assistant", ":", *said, "</s>"]
-            weight = 0.5 if kind == "caption" else 1.0
+            weight = WEIGHTS.get(kind, 1.0)
             self.ids += [INDEX[word] for word in words]
             for axis in self.positions:
                 axis += range(position, position + len(words))
@@ -79,13 +82,14 @@ def collate(rows: list[Packed]) -> Batch:
 
 
 def looked_up(seen: Scene, kind: str) -> list[float]:
-    """What the middle layer shall know where a kind is named: there, how many, colour, x, y."""
+    """What the middle layer shall know where a kind is named: there, how many, colour, x, y, and three letters."""
     things = [thing for thing in seen.things if thing.kind == kind]
     if len(things) != 1 or things[0].faint:
-        return [len(things) > 0, min(len(things), COUNTS - 1), NONE, np.nan, np.nan]
+        return [len(things) > 0, min(len(things), COUNTS - 1), NONE, np.nan, np.nan, *UNREAD]
     x, y = things[0].centre
     side = GRID * PATCH / 2
-    return [1, 1, list(COLOURS).index(things[0].colour), x / side - 1, y / side - 1]
+    letters = [LETTERS.index(letter) for letter in things[0].text] if things[0].text else UNREAD
+    return [1, 1, list(COLOURS).index(things[0].colour), x / side - 1, y / side - 1, *letters]
 
 
 # ---- the recipe --------------------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ class Answering(ABC):
         self.helpers = nn.ModuleDict(
             {
                 "whole": nn.Linear(HIDDEN, len(KINDS) + len(PLACES)),
-                "there": nn.Linear(HIDDEN, 1 + COUNTS + len(COLOURS) + 2),
+                "there": nn.Linear(HIDDEN, 2 * sum(KNOWN)),  # in the first picture, and in the second
             }
         )
         self.sharpness = nn.Parameter(torch.tensor(1.0))
@@ -144,7 +148,7 @@ class Answering(ABC):
 
     def batch(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, step])
-        pictures = 1 if step < self.alone or rng.random() < 0.75 else 2
+        pictures = 1 if step < self.alone or rng.random() < 0.7 else 2
         rows = self.rows // pictures
         first = step * self.rows
         scenes = [scene(first + i) for i in range(rows * pictures)]
@@ -176,15 +180,15 @@ class Answering(ABC):
             row = self.prefix(own, renumbered)
             for segment, chat in enumerate(chats, 1):
                 row.add(segment, chat)
-            if pictures == 1:
-                known += [
-                    [len(rows), column, *looked_up(group[0], KINDS_OF[row.ids[column]])]
-                    for column in row.kinds
-                ]
+            known += [
+                [len(rows), column, number, *looked_up(seen, KINDS_OF[row.ids[column]])]
+                for column in row.kinds
+                for number, seen in enumerate(group)
+            ]
             rows.append(row)
         return collate(rows) | {
             "kept": torch.from_numpy(kept.reshape(-1, count)),
-            "known": torch.tensor(known, dtype=torch.float32).reshape(-1, 7),
+            "known": torch.tensor(known, dtype=torch.float32).reshape(-1, 11),
         }
 
     def prefix(self, kept: np.ndarray, renumbered: bool) -> Packed:
@@ -238,9 +242,8 @@ class Answering(ABC):
                 if self.placed_by is not None:
                     visual = states[self.placed_by][batch["ids"] == IMAGE].unflatten(0, batch["kept"].shape)
                     parts["place"] = self.placed(self.sharpened(visual), batch["kept"])
-                if len(batch["known"]):
-                    parts["known"] = self.known(states[self.middle], batch["known"])
-                    shares["known"] = 0.3
+                parts["known"] = self.known(states[self.middle], batch["known"])
+                shares["known"] = 0.3
         total = sum(
             (share * parts[name] for name, share in shares.items() if name in parts), torch.tensor(0.0)
         )
@@ -308,16 +311,19 @@ class Answering(ABC):
 
     def known(self, middle: Tensor, known: Tensor) -> Tensor:
         """What is known of a thing where it is named."""
-        row, column = known[:, :2].long().unbind(-1)
-        told = self.helpers["there"](middle[row, column]).float()
-        there, count, colour, where = told.split([1, COUNTS, len(COLOURS), 2], -1)
-        single = ~known[:, 5].isnan()
-        off = (where - known[:, 5:].nan_to_num())[single].square().sum() / single.sum().clamp_min(1)
+        row, column, picture = known[:, :3].long().unbind(-1)
+        truth = known[:, 3:]
+        both = self.helpers["there"](middle[row, column]).float().unflatten(-1, (2, -1))
+        told = both[torch.arange(len(both), device=both.device), picture]
+        there, count, colour, where, word = told.split(KNOWN, -1)
+        single = ~truth[:, 3].isnan()
+        off = (where - truth[:, 3:5].nan_to_num())[single].square().sum() / single.sum().clamp_min(1)
         return (
-            F.binary_cross_entropy_with_logits(there[:, 0], known[:, 2])
-            + F.cross_entropy(count, known[:, 3].long())
-            + cross_entropy(colour, known[:, 4].long())
+            F.binary_cross_entropy_with_logits(there[:, 0], truth[:, 0])
+            + F.cross_entropy(count, truth[:, 1].long())
+            + cross_entropy(colour, truth[:, 2].long())
             + off
+            + cross_entropy(word.unflatten(-1, (3, -1)).flatten(0, 1), truth[:, 5:].long().flatten())
         )
 
     # ---- validation ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class Stage(NamedTuple):
 
 
 LOOKUP = {"recall": 3.0, "copying": 1.0}
-ALL = {"recall": 2.0, "copying": 1.0, "needle": 2.0, "given": 1.0, "coloured": 1.0, "sums": 2.0}
+ALL = {"recall": 2.0, "copying": 1.0, "needle": 3.0, "given": 1.0, "coloured": 1.0, "sums": 2.0}
 STAGES = (
     Stage((16,), 1024, LOOKUP),
     Stage((16, 32), 1536, LOOKUP),
@@ -58,7 +58,7 @@ def drawn(task: str, rng: np.random.Generator, length: int) -> Text:
     if task == "copying":
         return made.repeated(rng, CONTENT, length)
     if task == "needle":
-        count = int(rng.integers(1, max(2, min(length // 24, 20))))
+        count = int(rng.integers(1, max(2, min(length // 16, 20))))
         return made.haystack(rng, CONTENT, max(8, length - 12 * count - 8), rng.random(count).tolist())
     make: dict[str, Callable[[], Text]] = {
         "given": lambda: made.given(rng),

@@ -3,8 +3,9 @@
 First the vision tower alone: every patch's projected feature is put beside the embeddings of the words for what
 it shows (kind, colour, letter, left or right, top or bottom). Then all together: one picture, many questions,
 packed in a row behind it, each seeing the picture and itself. At the word that names a thing, the middle layer
-also has to tell whether it is there, how often, its colour and its place; without that, yes and no stay at
-chance for long. In half of the steps visual tokens are missing, their positions kept or closed up.
+also has to tell whether it is there, how often, its colour, its place and what is written on it; without that,
+yes and no stay at chance for long, and no word is read. In half of the steps visual tokens are missing, their
+positions kept or closed up.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Vlm(Answering):
     tower = "vision_tower"
     placed_by = None
 
-    def __init__(self, seed: int, steps: int = 2600, rows: int = 32, alone: int = 400) -> None:
+    def __init__(self, seed: int, steps: int = 3000, rows: int = 32, alone: int = 400) -> None:
         model = vlm()
         see_places(model.model.vision_tower)
         super().__init__(model, seed, steps, rows, alone)
