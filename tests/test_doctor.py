@@ -27,10 +27,10 @@ from saccade.core.seams.private import Name
 from saccade.core.site import match
 from saccade.examining import examination
 
-ALL = {"inputs", "bias", "scores", "weights", "replace", "output", "observe"}
+ALL = {"inputs", "bias", "scores", "weights", "replace", "output", "observe", "hidden"}
 CACHED = ALL | {"evict"}
 BY_HAND = {"scores", "weights", "observe"}
-FUSED = ALL | {"context", "skip", "hidden"}
+FUSED = ALL | {"context", "skip"}
 
 # Family: {attention sites: (seam, events, heads, key heads, width of a head)}, {layers of the cache}.
 EXPECTED: dict[str, tuple[dict[str, tuple[str, set[str], int, int, int]], dict[str, str]]] = {

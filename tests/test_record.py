@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import saccade as sc
 from saccade.core.errors import InputError, OptionError, SaccadeError
 from saccade.core.layout import KINDS, Layout
 from saccade.core.method import Method
-from saccade.core.record import SEGMENTS, Part, Recording
+from saccade.core.record import VERSION, Part, Recording
+from saccade.core.reduce import SEGMENTS
 from saccade.core.site import Site
 from saccade.core.tokens import Tokens
 from saccade.core.words import pieces, words
@@ -340,6 +342,80 @@ def test_reductions_are_those_of_the_whole(images: tuple[int, ...]) -> None:
     assert set(near.labels["column"]) == set(layout.where("image")[0].nonzero()[:, 0].tolist())
 
 
+class Draw(Method):
+    """Gives shares of all attention to places of the picture and to a word, whatever is asked."""
+
+    given = (0.18, 0.31, 0.03, 0.32)
+
+    def weights(self, call: Any, w: Tensor) -> Tensor:
+        drawn = torch.zeros_like(w)
+        for sample, image in enumerate(call.columns("image")[:, 0, 0]):
+            asked = int(image.nonzero()[-1]) + 1  # a word of the question, which is no sink
+            places = [*image.nonzero()[[3, 11, 14], 0].tolist(), asked]
+            drawn[sample, :, :, places] = torch.tensor(self.given).to(w)
+        return torch.where(call.rows("after_image"), (1 - sum(self.given)) * w + drawn, w)
+
+
+def by_hand(w: Tensor, question: Tensor) -> list[int]:
+    """Sinks of a layer, of weights (heads, rows, keys) of the whole prompt."""
+    rows = question.nonzero()[:, 0].tolist()
+    rows = rows[-min(16, -(-len(rows) // 2)) :]
+    seen = [k for k in range(w.shape[-1]) if all(w[:, r, k].max() > 0 for r in rows)]
+    drawn = {k: sum(float(w[:, r, k].mean()) for r in rows) / len(rows) for k in seen}
+    return [
+        k for k in seen if drawn[k] >= min(0.3, 10 / len(seen)) and (not question[k] or k == rows[0] == 0)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_sinks_draw_whatever_is_asked(name: str) -> None:
+    model, _, inputs = exact(name, (1, 2))
+    whole, kept = sc.Record(rows="all", dtype="float32"), sc.Record(columns="sinks", dtype="float32")
+    found = []
+    for record in (whole, kept):
+        with sc.attach(model, Draw(sites="text.1:3.self"), record) as session:
+            model.generate(**inputs, **GREEDY)
+        found.append(session.results["Record"])
+    seen, sinks = found
+    layout, some = seen.layouts[0], 0
+    for sample in range(2):
+        question = layout.where("question")[sample]
+        everything = seen.map(sample=sample)
+        at = list(everything.labels["row"])
+        for layer, (site, told) in enumerate(seen.sinks(sample).items()):
+            w = torch.zeros(4, question.shape[0], question.shape[0])
+            w[:, at] = torch.nn.functional.pad(everything.tensor[layer], (0, question.shape[0] - at[-1] - 1))
+            assert list(told) == by_hand(w, question)
+            some += len(told)
+            if told:
+                only = sinks.map(site, sample=sample)
+                assert {c for i, c in enumerate(only.labels["column"]) if only.tensor[..., i].any()} == set(
+                    told
+                )
+                rows = [at.index(row) for row in only.labels["row"]]
+                here = [only.labels["column"].index(column) for column in told]
+                close(
+                    only.tensor[..., here], everything.tensor[layer : layer + 1][:, :, rows][..., list(told)]
+                )
+    assert some >= 3
+    with pytest.raises(InputError, match="whose rows and all columns"):
+        sinks.sinks()
+
+
+def test_sinks_of_a_tower_are_those_of_all_rows() -> None:
+    class Always(Method):
+        def weights(self, call: Any, w: Tensor) -> Tensor:
+            drawn = torch.zeros_like(w)
+            drawn[..., 5] = 0.4
+            return 0.6 * w + drawn
+
+    model, inputs = shared("llava"), family("llava").inputs(images=(1,))
+    record = sc.Record(sites="vision.1.self", rows="all", columns="sinks")
+    with sc.attach(model, Always(sites="vision.1.self"), record) as session:
+        model.generate(**inputs, **GREEDY)
+    assert session.results["Record"].map().labels["column"] == (5,)
+
+
 def test_rows_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = shared("llava"), family("llava").inputs()
     found = []
@@ -484,6 +560,26 @@ def test_axes_are_chosen_and_reduced() -> None:
         handmade().map("text.9.self")
 
 
+def test_a_map_is_a_table() -> None:
+    pandas = pytest.importorskip("pandas")
+    seen = handmade()
+    found = seen.map(word="cup").layers(-1)
+    table = found.to_pandas()
+    assert list(table) == ["layer", "head", "column", "kind", "text", "weight"] and len(table) == 2 * 12
+    line = table[(table["head"] == 1) & (table["column"] == 8)].iloc[0]
+    assert (line["layer"], line["kind"], line["text"]) == ("text.1.self", "generated", " cu")
+    assert line["weight"] == float(found.tensor[0, 1, 8])
+    share = table.groupby("kind")["weight"].sum() / 2
+    assert share["image"] == pytest.approx(float(found.tensor[..., 1:7].sum() / 2))
+    assert isinstance(found.mean("column").to_pandas(), pandas.DataFrame)
+
+
+def test_a_table_needs_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(InputError, match="pip install pandas"):
+        handmade().map().to_pandas()
+
+
 def test_a_map_lies_on_the_picture() -> None:
     found = handmade().with_pictures([Image.new("RGB", (4, 2))]).map().mean("layer", "head", "row")
     w = found.tensor.double().numpy()
@@ -495,6 +591,9 @@ def test_a_map_lies_on_the_picture() -> None:
     np.testing.assert_allclose(coarse, wanted.reshape(2, 2, 2).sum((0, 2))[None], atol=1e-7)
     assert found.on_picture(shape=(5, 3)).sum() == pytest.approx(w[1:6].sum())
     assert found.grid().shape == (2, 2)
+    every = handmade().with_pictures([Image.new("RGB", (4, 2))]).map()
+    np.testing.assert_allclose(every.grids().mean((0, 1, 2)), found.grid(), atol=1e-6)
+    assert every.grids().shape == (2, 2, 5, 2, 2)
     with pytest.raises(InputError, match="picture 1"):
         found.on_picture(1)
     seen = handmade()
@@ -566,8 +665,10 @@ def test_other_files_are_refused(tmp_path: Any) -> None:
     save_file({"a": torch.zeros(1)}, other)
     save_file({"a": torch.zeros(1)}, old, {"format": "saccade.recording", "version": "0"})
     handmade().save(broken)
-    ours = {"format": "saccade.recording", "version": "1"}
-    save_file({"a": torch.zeros(1)}, broken, ours | {"data": json.dumps({"parts": [{"rows": "t0"}]})})
+    ours = {"format": "saccade.recording", "version": VERSION}
+    save_file(
+        {"a": torch.zeros(1)}, broken, ours | {"data": json.dumps({"parts": [{"rows": {"tensor": "t0"}}]})}
+    )
     for path, said in (
         (tmp_path / "none.safetensors", "cannot be read"),
         (text, "cannot be read"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from saccade import world
+    from saccade.bench.calibrate import calibrate
     from saccade.bench.runner import bench
     from saccade.catalog import methods
     from saccade.core.call import AttentionCall
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from saccade.core.cost import Count
     from saccade.core.driver import Driver, Experiment
     from saccade.core.errors import SaccadeError
+    from saccade.core.heads import Heads
     from saccade.core.layout import Layout
     from saccade.core.method import Method, option
     from saccade.core.question import Answer, Question
@@ -38,6 +40,7 @@ __all__ = [
     "Diagnosis",
     "Driver",
     "Experiment",
+    "Heads",
     "Layout",
     "Method",
     "Question",
@@ -49,6 +52,7 @@ __all__ = [
     "ask",
     "attach",
     "bench",
+    "calibrate",
     "doctor",
     "load",
     "look",
@@ -65,6 +69,7 @@ _HOMES = {
     "Diagnosis": "examining.diagnosis",
     "Driver": "core.driver",
     "Experiment": "core.driver",
+    "Heads": "core.heads",
     "Layout": "core.layout",
     "Method": "core.method",
     "Question": "core.question",
@@ -75,6 +80,7 @@ _HOMES = {
     "Site": "core.site",
     "ask": "looking",
     "attach": "core.session",
+    "calibrate": "bench.calibrate",
     "doctor": "examining.examination",
     "load": "stack",
     "look": "looking",

@@ -64,7 +64,11 @@ def load_model(
     return model.eval() if isinstance(model, torch.nn.Module) else model, processor
 
 
-def _pretrained(name: str, dtype: str | None, trust_remote_code: bool, any_kind: bool) -> tuple[Any, Any]:
+def check_name(name: str, any_kind: bool = False) -> None:
+    """Refuse, before anything is loaded, a name under which there is nothing, as far as it can be told."""
+    if name.startswith("world/"):
+        importlib.import_module("saccade.world.embedded").folder(name.removeprefix("world/"))
+        return
     folder = Path(name).expanduser()
     local = folder.is_dir()
     held = {file for file in ("config.json", PIPELINE) if (folder / file).is_file()}
@@ -72,6 +76,12 @@ def _pretrained(name: str, dtype: str | None, trust_remote_code: bool, any_kind:
         raise InputError(f"{name} holds no model: there is no config.json.", "give a folder that has one")
     if not local and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise InputError(f"There is no folder {name}.", "give a folder, or a hub id such as OWNER/MODEL")
+
+
+def _pretrained(name: str, dtype: str | None, trust_remote_code: bool, any_kind: bool) -> tuple[Any, Any]:
+    check_name(name, any_kind)
+    folder = Path(name).expanduser()
+    local = folder.is_dir()
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": local}
     source = str(folder) if local else name
     try:

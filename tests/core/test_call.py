@@ -58,6 +58,16 @@ def test_weights_are_those_of_the_models_eager_operator(name: str, masked: str) 
         assert_as_good_as(*rows)
 
 
+def test_a_model_that_is_told_to_attend_by_hand_is_read_there() -> None:
+    model, inputs = shared("falcon", implementation="eager"), FAMILIES["falcon"].inputs()
+    look = Look(lambda call: call.weights())
+    with sc.attach(model, look):
+        run(model, inputs)
+    told = attentions("falcon", inputs).attentions
+    assert len(look.seen) == len(told)
+    assert all(torch.equal(w, told[layer]) for layer, (_, _, w) in enumerate(look.seen))
+
+
 @pytest.mark.parametrize("name", ["t5", "whisper"])
 def test_weights_of_encoder_decoder_and_cross_attention(name: str) -> None:
     inputs = FAMILIES[name].inputs()

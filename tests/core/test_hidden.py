@@ -186,12 +186,13 @@ def test_an_edit_of_image_rows_leaves_the_others() -> None:
     assert torch.equal(after[~image], before[~image])
 
 
-def test_hidden_at_a_place_that_attends_is_refused_by_name() -> None:
-    model = shared("llama")
+def test_an_event_that_a_place_does_not_have_is_refused_by_name() -> None:
+    model = shared("bloom")
     with unchanged(model), pytest.raises(AttachError) as error:
         sc.attach(model, method(hidden=lambda call, h: h)())
     assert "'hidden' at text.0.self" in error.value.problem
     assert "text." in error.value.remedy
+    model = shared("llama")
     with unchanged(model), pytest.raises(AttachError, match=r"'observe' at text\.0\.mlp"):
         sc.attach(model, method(observe=lambda call: None)(sites="text.0.mlp"))
 

@@ -44,12 +44,13 @@ def test_segments_of_a_prompt() -> None:
     layout = layout_of([[0, 0, 4, 0, 1, 1, 0, 0, 0]], generated=1, pad=pad)
     told = {name: layout.where(name)[0].nonzero()[:, 0].tolist() for name in (
         "all", "first", "image", "visual", "special", "text", "pad", "prompt", "before_image", "question",
-        "after_image", "generated", "image:0", "image:1",
+        "after_image", "generated", "image:0", "image:1", "last", "first|image:0|last",
     )}  # fmt: skip
     assert told == {
         "all": [2, 3, 4, 5, 6, 7, 8], "first": [2], "image": [4, 5], "visual": [4, 5], "special": [2],
         "text": [3, 6, 7], "pad": [0, 1], "prompt": [2, 3, 4, 5, 6, 7], "before_image": [2, 3],
         "question": [6, 7], "after_image": [6, 7, 8], "generated": [8], "image:0": [4, 5], "image:1": [],
+        "last": [8], "first|image:0|last": [2, 4, 5, 8],
     }  # fmt: skip
 
 

@@ -102,6 +102,39 @@ def test_values_are_means_over_the_tokens_and_tiles_are_told(name: str) -> None:
             assert mean[at].isnan() and int(tile[at]) == -1
 
 
+def grid_by_hand(name: str) -> list[tuple[int, int, int]]:
+    """Tile, row and column, from the mappings: tiles of the zoo are 4 x 4 or 6 x 6 features behind a class token, or
+    8 x 8 patches."""
+    made = BY_HAND[name]()
+    if name == "qwen2_5_vl":
+        return [(0, i // 4, i % 4) for size in (16, 16, 8) for i in range(size)]
+    tokens, ahead, side, block = {
+        "llava": (37, 1, 6, 1),
+        "llava_next": (17, 1, 4, 1),
+        "gemma3": (64, 0, 8, 2),
+    }[name]
+    places = []
+    for first in (row[0] if row else None for row in made):
+        if first is None:
+            places.append((-1, -1, -1))
+        else:
+            patch = first % tokens - ahead
+            places.append((first // tokens, patch // side // block, patch % side // block))
+    return places
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
+def test_features_stand_in_rows_and_columns_of_their_tiles(name: str) -> None:
+    """Of the first picture's tiles in LLaVA-NeXT the padding's rows are not there: the first is 3 x 4, from 0 on."""
+    count = {"llava": 36, "llava_next": 70, "qwen2_5_vl": 16, "gemma3": 16}[name]
+    with sc.attach(shared(name)) as session:
+        found = item(name, session, 0, count).grid().tolist()
+    expected = grid_by_hand(name)[:count]
+    if name == "llava_next":
+        expected = [(t, r - (t in (1, 2)), c) for t, r, c in expected]
+    assert [tuple(place) for place in found] == expected
+
+
 def test_values_of_another_number_of_tokens_are_refused() -> None:
     model = shared("llava")
     with sc.attach(model) as session:
@@ -203,5 +236,5 @@ def test_also_where_asking_fails() -> None:
     with unchanged(model), pytest.raises(ZeroDivisionError):
         asked(model, pixels_of("llava"))
     hook.remove()
-    assert not module._known.get(model)
+    assert not any(module._known.get(model, {}).values())
     assert lists(asked(model, pixels_of("llava"))[0]) == BY_HAND["llava"]()

@@ -652,6 +652,28 @@ def test_features_of_an_earlier_layer_keep_their_number() -> None:
     assert float((out[1][0] - bare[0]).abs().max()) > 1e-3
 
 
+def test_what_is_left_of_a_tower_is_still_told_apart() -> None:
+    """Two samples lose different patches, and the class token stays where it is."""
+    model, inputs = shared("clip", F64), cast(FAMILIES["clip"].inputs(), F64)
+    told: list[Any] = []
+
+    def leave(call: TokensCall) -> Tokens:
+        keep = torch.ones(call.h.shape[:2], dtype=torch.bool)
+        keep[0, 3:5] = False
+        return Tokens(keep)
+
+    def tell(call: Any) -> None:
+        told.append([call.columns(name)[:, 0, 0].tolist() for name in ("special", "image")])
+
+    sites = {"tokens": "vision.1.layer", "observe": "vision.1.self"}
+    with sc.attach(model, method(tokens=leave, observe=tell)(sites=sites)):
+        run(model, inputs)
+    ((special, image),) = told
+    tokens = len(special[0])
+    assert special[0] == [i == 2 for i in range(tokens)] and special[1] == [i == 0 for i in range(tokens)]
+    assert image[0] == [i > 2 for i in range(tokens)] and image[1] == [i > 0 for i in range(tokens)]
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,8 @@ def _groups(run: Run, inside: list[Open], pass_: Pass, ids: Tensor) -> list[tupl
 
 def _begin(run: Run, pass_: Pass, rows: int) -> dict[int, Tensor]:
     """Open the branches whose step has come."""
+    if not pass_.complete:
+        return {}
     if run.waiting is None:
         run.waiting = pending(run)
         if run.waiting and not run.generating:
@@ -128,7 +130,7 @@ def _begin(run: Run, pass_: Pass, rows: int) -> dict[int, Tensor]:
                 f"{type(run.waiting[0][0]).__name__} follows a branch, which takes steps.",
                 "use model.generate()",
             )
-    if not run.waiting or not pass_.complete:
+    if not run.waiting:
         return {}
     prompt = run.inputs["input_ids"].shape[1]
     answer: Any = pass_.sequence.ids_from(prompt)

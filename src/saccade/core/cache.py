@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -254,6 +255,13 @@ def refuse_paged(*_: Any, **__: Any) -> None:
         "apart.",
         "use generate() with a padded batch, or detach first",
     )
+
+
+def forked(cache: Cache) -> Cache:
+    """The cache as it is now, which grows by itself: what both hold is shared."""
+    fork = copy.copy(cache)
+    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    return fork
 
 
 def new_cache(config: Any) -> DynamicCache:

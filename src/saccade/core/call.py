@@ -155,8 +155,8 @@ class AttentionCall:
         return self._at_keys(self.klayout.where(name))
 
     def at_columns(self, mask: Tensor) -> Tensor:
-        """A mask over the conversation's first tokens (batch, tokens) for the keys of this call, False for
-        later ones: (batch, 1, 1, keys)."""
+        """A mask or values of the conversation's first tokens (batch, tokens) for the keys of this call, False or 0
+        for later ones: (batch, 1, 1, keys)."""
         last = self.pass_.logical_end(self.site, self.k.shape[2])
         last = last if self.pos is None else self.pass_.sequence.length
         return self._at_keys(nn.functional.pad(mask, (0, max(0, last - mask.shape[1])))[:, :last])
@@ -166,7 +166,7 @@ class AttentionCall:
             keys = self.k.shape[2]  # a static cache has room for more than came
             return nn.functional.pad(mask[:, -keys:], (0, max(0, keys - mask.shape[1])))[:, None, None]
         pos = self.pos[:, None] if self.pos.ndim == 2 else self.pos.repeat_interleave(self.groups, 1)
-        at = mask[:, None].expand(-1, pos.shape[1], -1).gather(2, pos.clamp_min(0)) & (pos >= 0)
+        at = mask[:, None].expand(-1, pos.shape[1], -1).gather(2, pos.clamp_min(0)).where(pos >= 0, False)
         return at[:, :, None, :]
 
     def rows(self, name: str) -> Tensor:
@@ -273,6 +273,10 @@ class AttentionCall:
         """Keys and values that this site's own matrices and norms make of other context states (batch, tokens,
         width): (batch, heads, tokens, dim) each, not rotated."""
         return self.run.runtime.host.project(self, states)
+
+    def rotate(self, x: Tensor, by: Tensor | int) -> Tensor:
+        """Queries or keys (..., dim) of this site as they would be that many positions (...) later."""
+        return self.run.runtime.rotation(self.site)(x, by)
 
     def next(self) -> Tensor:
         """For `replace`: the operator below, with all that was edited before it."""
@@ -392,9 +396,9 @@ class AttentionCall:
                 f"Scores of {rows} rows at {self.site.name} would hold {size * 4 / 2**30:.1f} GiB.",
                 "ask for fewer rows or heads, or walk over call.chunks(rows)",
             )
-        q = q.reshape(batch, count // groups, groups * rows, dim) if groups > 1 else q
-        s = q @ k.transpose(-1, -2)
-        s = (s.reshape(batch, count, rows, k.shape[2]) if groups > 1 else s).mul_(self.scale)
+        q = q.reshape(batch * count // groups, groups * rows, dim)
+        s = torch.baddbmm(q.new_empty(()), q, k.flatten(0, 1).mT, beta=0, alpha=self.scale)
+        s = s.view(batch, count, rows, k.shape[2])
         if self.softcap is not None:
             s = torch.tanh(s / self.softcap) * self.softcap
         s = s if s.dtype == torch.float64 else s.float()

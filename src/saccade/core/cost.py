@@ -36,6 +36,7 @@ class Cost:
 
     passes: int = 0  # of the main tower
     tokens: Counter[str] = field(default_factory=Counter)  # by layer, real ones
+    visual: Counter[str] = field(default_factory=Counter)  # by layer of the main tower: those of pictures
     padding: Counter[str] = field(default_factory=Counter)  # by layer: what is computed beside them
     flops: Counter[str] = field(default_factory=Counter)  # by tower
     read: Counter[str] = field(default_factory=Counter)  # bytes by tower
@@ -115,15 +116,17 @@ class Count(Method):
         cost.read[site.tower] += weights.bytes + call.k.nbytes + call.v.nbytes
         cost.tokens[layer] += batch * queries
         if main:
-            missing = (~call.queries("all")).sum()
-            log.padding[phase, layer] = log.padding.get((phase, layer), 0) + missing
+            log.add("padding", phase, layer, ~call.queries("all"))
+            if phase == "prefill" and call.qlayout.named:
+                log.add("visual", phase, layer, call.queries("visual"))
 
     def end(self, run: Run) -> dict[str, Cost]:
         log: _Log = run.state["log"]
         costs = {phase: cost + Cost() for phase, cost in log.costs.items()}
-        for (phase, layer), missing in log.padding.items():
-            costs[phase].padding[layer] = int(missing)
-            costs[phase].tokens[layer] -= int(missing)
+        for (what, phase, layer), count in log.counts.items():
+            getattr(costs[phase], what)[layer] = int(count)
+            if what == "padding":
+                costs[phase].tokens[layer] -= int(count)
         tower = run.runtime.host.main_tower
         ran = run.last is not None and run.last.phase in self.phases
         if ran and log.last is None and any(site.tower == tower for site in log.weights):
@@ -150,8 +153,12 @@ class _Weights(NamedTuple):
 class _Log:
     weights: dict[Site, _Weights]
     costs: dict[str, Cost] = field(default_factory=lambda: {"prefill": Cost(), "decode": Cost()})
-    padding: dict[tuple[str, str], Any] = field(default_factory=dict)  # by phase and layer, not yet read
+    counts: dict[tuple[str, str, str], Any] = field(default_factory=dict)  # not yet read from the device
     last: Pass | None = None
+
+    def add(self, what: str, phase: str, layer: str, mask: Tensor) -> None:
+        key = (what, phase, layer)
+        self.counts[key] = self.counts.get(key, 0) + mask.sum()
 
 
 def _weights(site: Site, layer: Site, inside: Sequence[Site]) -> _Weights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.errors import InputError
-from saccade.core.sources import sources
+from saccade.core.sources import first_lines, sources
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -56,6 +57,29 @@ class Item:
         tiles = tile_of[mine[:, 0].clamp_min(0)]
         mean = values[mine.clamp_min(0)].masked_fill(~there, 0).sum(1) / there.sum(1)  # NaN of none
         return mean, torch.where(there[:, 0], tiles, -1)
+
+    def grid(self) -> Tensor:
+        """Tile (or frame), row and column of every feature, (tokens, 3), counted from 0 among those of its tile that
+        are there; -1 for separators."""
+        packed: Tensor | None = self.inputs.get(f"{self.kind}_grid_thw")
+        if packed is not None:
+            frames, height, width = packed[self.index].tolist()
+            side = math.isqrt(frames * height * width // self.x.shape[0])  # of the patches in a feature
+            at = torch.arange(self.x.shape[0], device=self.x.device)
+            rows, columns = height // side, width // side
+            return torch.stack([at // (rows * columns), at // columns % rows, at % columns], -1)
+        lines = first_lines(self.run.runtime, self.inputs, self.kind)
+        mine = lines[self.first : self.first + self.x.shape[0]].to(self.x.device, copy=True)
+        if mine.shape[1] != 3:
+            raise InputError(
+                f"Nobody says how many patches a row of this {self.kind} has.",
+                "use a method that does not go by rows",
+            )
+        for tile in mine[mine[:, 0] >= 0, 0].unique():
+            own = mine[:, 0] == tile
+            for axis in (1, 2):
+                mine[own, axis] = mine[own, axis].unique(return_inverse=True)[1]
+        return mine
 
 
 def choose(

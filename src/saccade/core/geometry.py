@@ -13,12 +13,22 @@ def on_picture(weights: Tensor, boxes: Tensor, size: tuple[int, int], shape: tup
     adds up, and tokens without a box are left out.
     """
     placed = boxes.isfinite().all(-1)
-    weights, boxes = weights[placed].double(), boxes[placed].double()
-    x = _overlap(boxes[:, 0], boxes[:, 2], size[0], shape[1])
+    y, x = _shares(boxes[placed], size, shape)
+    return (y * weights[placed].double()[:, None]).T @ x
+
+
+def spread(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """What `on_picture` makes of a weight of one, for every token: (tokens, rows, columns)."""
+    y, x = _shares(boxes.where(boxes.isfinite().all(-1, keepdim=True), 0), size, shape)
+    return y[:, :, None] * x[:, None, :]
+
+
+def _shares(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of every box the shares in rows (tokens, rows) and in columns (tokens, columns)."""
+    boxes = boxes.double()
     y = _overlap(boxes[:, 1], boxes[:, 3], size[1], shape[0])
-    area = x.sum(1) * y.sum(1)
-    density = torch.where(area > 0, weights / area.clamp_min(1e-12), 0)
-    return (y * density[:, None]).T @ x
+    x = _overlap(boxes[:, 0], boxes[:, 2], size[0], shape[1])
+    return y / y.sum(1, keepdim=True).clamp_min(1e-12), x / x.sum(1, keepdim=True).clamp_min(1e-12)
 
 
 def of_picture(values: Tensor, boxes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ KINDS = ("text", "image", "video", "audio", "special", "generated", "pad")
 VISUAL = (KINDS.index("image"), KINDS.index("video"))
 PAD = KINDS.index("pad")
 GENERATED = KINDS.index("generated")
-SEGMENTS = ("all", "first", "visual", "prompt", "before_image", "question", "after_image")
+SEGMENTS = ("all", "first", "last", "visual", "prompt", "before_image", "question", "after_image")
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class Layout:
         return self.kind.shape
 
     def where(self, name: str) -> Tensor:
-        """Tokens of a kind, an item (`image:0`), a word (`word:cat`), or a named segment: (batch, tokens), bool.
+        """Tokens of a kind, an item (`image:0`), a word (`word:cat`), or a named segment, or of one of several
+        (`image|question`): (batch, tokens), bool.
 
-        `first` is the first real token, `question` what the user said after the last picture of the
+        `first` is the first real token, `last` the last, `question` what the user said after the last picture of the
         last turn, `before_image` what stands before the first picture, `after_image` everything behind the
         last one, answers included.
         """
-        if not self.named and name not in ("all", "first", "pad", "generated"):
+        if "|" in name:
+            return torch.stack([self.where(part) for part in name.split("|")]).any(0)
+        if not self.named and name not in ("all", "first", "last", "pad", "generated"):
             raise InputError(
                 f"The layout cannot tell which tokens are {name!r}: the model was called with inputs_embeds.",
                 "pass input_ids (and pixel_values) and let the model embed them",
@@ -82,6 +85,10 @@ class Layout:
     @cached_property
     def _first(self) -> Tensor:
         return self._all & (self._all.cumsum(1) == 1)
+
+    @cached_property
+    def _last(self) -> Tensor:
+        return self._all & (self._all.flip(1).cumsum(1).flip(1) == 1)
 
     @cached_property
     def _visual(self) -> Tensor:

@@ -46,7 +46,11 @@ class Method(System):
 
     sites: Sites = option("*.self", "where: a pattern of sites, or one for each event")
     rows: str | int = option("all", "query rows that scores and weights see: all, last, question, generated")
-    heads: tuple[int, ...] | None = option(None, "heads that scores and weights see; None for all")
+    heads: tuple[int, ...] | dict[str, tuple[int, ...]] | str | None = option(
+        None,
+        "heads that scores and weights see: numbers; numbers by site, and no other sites; the best of a table's "
+        "file, as in heads.safetensors:20 or :5%; None for all",
+    )
     batch: str = option(
         "all", "rows of the batch that the events of a call see: all; in sampling cond, uncond"
     )
@@ -54,6 +58,15 @@ class Method(System):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.heads, str):
+            from saccade.core.heads import best
+
+            self.heads = best(self.heads)
+        if not isinstance(self.heads, tuple | list | Mapping | None):
+            raise OptionError(
+                f"{type(self).__name__}(heads={self.heads!r}): that is no choice of heads.",
+                "give numbers, numbers by site, such as a table's top(20), or a table's file",
+            )
         if taken := {field.name for field in dataclasses.fields(self)} & set(EVENTS):
             raise OptionError(
                 f"{type(self).__name__} has an option called like the event {', '.join(sorted(taken))}.",
@@ -125,6 +138,10 @@ class Method(System):
         """A term for the scores, broadcast to (batch, heads, queries, keys). Stays on the fused kernel."""
         return None
 
+    def acts(self, call: AttentionCall) -> bool:
+        """Whether the method edits scores or weights in this call; where none does, the native operator answers."""
+        return True
+
     def scores(self, call: AttentionCall, s: Tensor) -> Tensor:
         """Change masked scores (batch, heads, rows, keys) before the softmax."""
         return s
@@ -150,13 +167,19 @@ class Method(System):
         return None
 
     def hidden(self, call: HiddenCall, h: Tensor) -> Tensor:
-        """Change hidden states (batch, tokens, width) at a layer, input, mlp, neurons or embed site."""
+        """Change hidden states (batch, tokens, width) at a layer, input, mlp, neurons or embed site, or what an
+        attention module gives."""
         return h
 
     def sites_of(self, event: str) -> tuple[str, ...]:
         """The patterns at which `event` of this method is wanted."""
         patterns = self.sites.get(event, ()) if isinstance(self.sites, Mapping) else self.sites
         return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+    def heads_at(self, site: Site) -> tuple[int, ...] | None:
+        """The heads that scores and weights see at a site; None for all."""
+        chosen: Any = self.heads
+        return tuple(chosen.get(site.name, ())) if isinstance(chosen, Mapping) else chosen
 
     @classmethod
     def events(cls) -> tuple[str, ...]:

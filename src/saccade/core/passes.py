@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from saccade.core.method import Method
     from saccade.core.plan import Plan
     from saccade.core.runtime import Runtime
+    from saccade.core.seams.projections import Matrices
     from saccade.core.site import Site
     from saccade.core.words import Word
 
@@ -112,9 +113,30 @@ class Run:
         """Logits that the model's own head gives to hidden states (..., width)."""
         return self.runtime.unembed(h, norm)
 
+    def matrices(self, site: str) -> Matrices:
+        """W_q, W_k, W_v and W_o of the heads of a self-attention, such as `text.3.self`."""
+        return self.runtime.matrices(site)
+
+    def norm(self, site: str) -> nn.Module:
+        """The norm right before attention, or an mlp."""
+        return self.runtime.norm(site)
+
+    def mlp(self, site: str, h: Tensor) -> Tensor:
+        """What an mlp, such as `text.0.mlp`, and the norm before it make of hidden states (..., width)."""
+        return self.runtime.mlp(site, h)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the text tower is given for ids: (..., width)."""
+        model: Any = self.runtime.model
+        return model.get_input_embeddings()(ids)
+
     def without_images(self) -> dict[str, Any]:
         """The prompt's inputs, its pictures and their tokens taken out."""
         return self.runtime.host.without_images(self.inputs)
+
+    def shortened(self, inputs: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+        """A prompt's inputs with these of its tokens alone: (samples, tokens), bool."""
+        return self.runtime.host.shortened(inputs, keep)
 
     def beside(self, other: Mapping[str, Any]) -> dict[str, Any]:
         """The prompt's inputs with another, shorter prompt's as further rows."""
@@ -338,7 +360,8 @@ class Pass:
             call.k.shape[2],
         )  # a packed tower is called per picture
         if key not in self._layouts:
-            queries = self._space(site.tower, call.q, site)
+            tokens = call.q.shape[2] if call.keep is None else self.full(site)
+            queries = self.layout_of(site, call.q.shape[0], tokens, call.q.device)
             keys = queries if site.kind == "self" else self._space(f"{site.tower}.context", call.k, site)
             self._layouts[key] = (queries, keys)
         return self._layouts[key]
@@ -563,9 +586,4 @@ class HiddenCall:
     def spread(self, mask: Tensor) -> Tensor:
         """A mask over the states (batch, tokens) as one over the tokens of the pass, False where one left."""
         removal = self.pass_.removal(self.site)
-        if removal is None:
-            return mask
-        whole = mask.new_zeros(mask.shape[0], removal.full)
-        rows, columns = (removal.keep >= 0).nonzero(as_tuple=True)
-        whole[rows, removal.keep[rows, columns]] = mask[rows, columns]
-        return whole
+        return mask if removal is None else removal.spread(mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # What a seam lets a method do.
 REACH = {
-    "interface": frozenset((*CALL_EVENTS, "evict")),
+    "interface": frozenset((*CALL_EVENTS, "evict", "hidden")),
     "sdpa": frozenset(("context", "skip", *CALL_EVENTS, "hidden")),
     "softmax": frozenset(("scores", "weights", "observe")),
     "module": frozenset(("hidden",)),
@@ -83,7 +83,7 @@ def make_plans(methods: Sequence[Method], sites: Sequence[Site]) -> dict[Site, P
     for method in methods:
         name = type(method).__name__
         for event in [e for e in type(method).events() if e in SITE_EVENTS]:
-            for site in match(method.sites_of(event), sites) if method.sites_of(event) else ():
+            for site in _places(method, event, sites):
                 if event not in reach(site):
                     able = [s.name for s in sites if event in reach(s)]
                     raise AttachError(
@@ -112,6 +112,20 @@ def make_plans(methods: Sequence[Method], sites: Sequence[Site]) -> dict[Site, P
         site: Plan(**{event: tuple(found) for event, found in events.items()})
         for site, events in wanted.items()
     }
+
+
+def _places(method: Method, event: str, sites: Sequence[Site]) -> list[Site]:
+    """Where the method wants the event: of calls only where it has heads."""
+    found = match(method.sites_of(event), sites) if method.sites_of(event) else []
+    if not found or event not in CALL_EVENTS or not isinstance(method.heads, Mapping):
+        return found
+    chosen = [site for site in match(method.heads, sites) if site in found]
+    if not chosen:
+        raise AttachError(
+            f"{type(method).__name__}: the sites of heads= ({', '.join(method.heads)}) are none of those of sites=.",
+            "let sites= name them too",
+        )
+    return chosen
 
 
 def merge(plans: Sequence[dict[Site, Plan]]) -> dict[Site, Plan]:
@@ -167,7 +181,7 @@ def execute(call: AttentionCall, plan: Plan) -> Tensor:
     for method in plan.replace:
         if phase in method.phases:
             call.put_over(method)
-    edits = [m for m in plan.edits if phase in m.phases]
+    edits = acting(call, plan)
     out = _edited(call, plan, edits) if edits else call.next()
     for method in plan.output:
         if phase in method.phases:
@@ -226,10 +240,9 @@ def execute_groups(
     call: AttentionCall, groups: list[tuple[slice, Pass, int]], held: TrackedLayer | None
 ) -> Tensor:
     """A prompt and its branches in one batch, each with the methods that act on it."""
-    base = call.part(*groups[0])
     if not any(pass_.plans.get(call.site) for _, pass_, _ in groups):
         out = call.next()
-        call.returned_weights = _present(base, call.returned_weights)
+        call.returned_weights = _present(call, groups, call.returned_weights)
         return out
     outs, kept = [], []
     weights: Tensor | None = None
@@ -241,20 +254,23 @@ def execute_groups(
         kept.append(_entries(part, plan, None if held is None else held.part(rows)))
         if at == 0 and call.keeps_weights:
             weights = part.weights().to(call.q.dtype) if plan.edits else part.returned_weights
-    call.returned_weights = _present(base, weights)
+    call.returned_weights = _present(call, groups, weights)
     if held is not None and any(k is not None for k in kept):
         held.evict(_together(kept, groups, held))
     return torch.cat(outs)
 
 
-def _present(base: AttentionCall, weights: Tensor | None) -> Tensor | None:
-    """Of weights, the base's rows, without columns that only branches fill."""
+def _present(
+    call: AttentionCall, groups: list[tuple[slice, Pass, int]], weights: Tensor | None
+) -> Tensor | None:
+    """Of weights, the prompt's rows, without columns that only branches fill."""
     if weights is None:
         return None
-    weights = weights[: base.q.shape[0]]
-    if base.pos is None:
+    pos = call.part(*groups[0]).pos
+    weights = weights[groups[0][0]]
+    if pos is None:
         return weights
-    empty = int((base.pos < 0).flatten(0, -2).long().cumprod(-1).sum(-1).min())
+    empty = int((pos < 0).flatten(0, -2).long().cumprod(-1).sum(-1).min())
     return weights[..., empty:]
 
 
@@ -285,12 +301,22 @@ def observe(call: AttentionCall, plan: Plan) -> None:
             method.observe(call)
 
 
+def acting(call: AttentionCall, plan: Plan) -> list[Method]:
+    """The methods that edit scores or weights in this call."""
+    found = []
+    for method in plan.edits:
+        call.pass_.run.method = method
+        if call.pass_.phase in method.phases and method.acts(call):
+            found.append(method)
+    return found
+
+
 def _edited(call: AttentionCall, plan: Plan, edits: list[Method]) -> Tensor:
     """Native for all rows and heads, explicit for those that somebody edits."""
     everything = slice(0, call.q.shape[2])
     spans = {id(m): call.resolve(m.rows) for m in edits}
     union = _union(list(spans.values()), everything)
-    heads = _heads(edits, call.q.shape[1])
+    heads = _heads([m.heads_at(call.site) for m in edits], call.q.shape[1])
     if isinstance(union, slice) and union.start == union.stop:
         return call.next()
     parts = []
@@ -337,11 +363,12 @@ def _apply_event(
     call.pass_.run.method = method
     call.span = span if isinstance(span, Tensor) else _shift(inside, chunk)
     part = take_rows(t, inside)
-    if method.heads is None:
+    heads = method.heads_at(call.site)
+    if heads is None:
         new = event(call, part)
     else:
         new = part.clone()
-        new[:, list(method.heads)] = event(call, part[:, list(method.heads)])
+        new[:, list(heads)] = event(call, part[:, list(heads)])
     call.span = slice(0, call.q.shape[2])
     return new if inside == slice(0, t.shape[2]) else put_rows(t, inside, new)
 
@@ -370,10 +397,10 @@ def _union(spans: list[Span], everything: slice) -> Span:
     return first if all(s is first for s in spans) else everything
 
 
-def _heads(edits: list[Method], count: int) -> list[int] | None:
+def _heads(edits: list[tuple[int, ...] | None], count: int) -> list[int] | None:
     """The heads that somebody edits; None for all."""
-    chosen = {head for method in edits for head in method.heads or ()}
+    chosen = {head for heads in edits for head in heads or ()}
     wrong = [head for head in chosen if not -count <= head < count]
     if wrong:
         raise InputError(f"There is no head {wrong[0]} among {count}.", f"use heads from 0 to {count - 1}")
-    return None if any(m.heads is None for m in edits) else sorted({head % count for head in chosen})
+    return None if None in edits else sorted({head % count for head in chosen})

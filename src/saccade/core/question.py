@@ -20,6 +20,7 @@ class Answer(str):
 
     session_summary: str = ""
     seconds: float = 0.0
+    first: float = 0.0  # seconds until its first token was there, which a batch waits for together
     tokens: int = 0  # that were generated
 
     def __init__(self, *_: Any) -> None:
@@ -42,6 +43,8 @@ class Question:
         """What the model is given for these pictures and words, its own unless others are named."""
         images = self.images if images is None else images
         made = prepare(self.processor, images, self.text if text is None else text)
+        if not images:  # what a tokenizer makes has no type to change
+            return made.to(model.device)
         return made.to(model.device, model.dtype)
 
     def ask(
@@ -64,6 +67,23 @@ class Question:
 def prepare(processor: Any, images: Sequence[Image.Image], question: str) -> Any:
     """Inputs of the model for one turn, in the chat format where the processor has one."""
     text = written(processor, len(images), question)
+    lost = InputError(
+        "The prompt has no place for the picture: no token that stands for it.",
+        "give the processor the chat template of its model: processor.chat_template = ...",
+    )
+    try:
+        made = _prepared(processor, images, text)
+    except ValueError as e:
+        if images and str(getattr(processor, "image_token", None) or text) not in text:
+            raise lost from e
+        raise
+    place = getattr(processor, "image_token_id", None)
+    if images and place is not None and not bool((made["input_ids"] == place).any()):
+        raise lost
+    return made
+
+
+def _prepared(processor: Any, images: Sequence[Image.Image], text: str) -> Any:
     options: dict[str, Any] = {"images": list(images)} if images else {}
     options |= _begun(processor, text)
     try:

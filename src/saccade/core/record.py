@@ -5,32 +5,28 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from saccade.core import archive
 from saccade.core.errors import InputError, nearest
-from saccade.core.geometry import cells, on_picture
 from saccade.core.layout import GENERATED, KINDS, PAD, Layout
-from saccade.core.site import Site, layers, match
+from saccade.core.map import AXES, Map
+from saccade.core.picture import Picture
+from saccade.core.reduce import SEGMENTS, segments
+from saccade.core.sinks import readers, sinks
+from saccade.core.site import Site, match
 from saccade.core.words import Word, pieces, words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEGMENTS = ("first", "image", "question", "answer", "rest")
-AXES = ("layer", "head", "row", "column")
-FORMAT, VERSION = "saccade.recording", "1"
+KIND, VERSION = "recording", "2"
 Words = str | int | Sequence[str | int] | None
-THUMBNAIL = 1024  # pixels of the longer side of a picture that is kept
 
 
 @dataclass
@@ -64,6 +60,7 @@ class Recording:
     texts: list[list[str | None]] = field(default_factory=list)  # by sample: what every token wrote
     pictures: list[list[Picture]] = field(default_factory=list)  # by sample of the caller's batch
     prompt: str = ""
+    stack: str = ""  # the methods that were at work
 
     # ---- telling it what the model does not know -----------------------------------------------------
 
@@ -175,11 +172,18 @@ class Recording:
 
     def seen(self, word: Words = None, sample: int = 0) -> Map:
         """`map` of the text's sites, or of the only ones; of the answer's words, unless others are given."""
-        if word is None and self.texts and self.options["rows"] in ("generated", "last", "all"):
+        if (
+            word is None
+            and self.texts
+            and self.options["rows"] in ("generated", "last", "all", "after_image")
+        ):
             word = [i for i, w in enumerate(self.words_of(sample)) if w.said] or None
+        return self.map(self.main_sites(), word, sample)
+
+    def main_sites(self) -> str:
+        """A pattern for those of the text, or for the only ones."""
         first = min(self.sites, key=lambda s: s.tower != "text", default=None)
-        sites = "*" if first is None or first.index is None else f"{first.tower}.*.{first.kind}"
-        return self.map(sites, word, sample)
+        return "*" if first is None or first.index is None else f"{first.tower}.*.{first.kind}"
 
     def _layer(self, site: str, sample: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Weights (heads, rows, columns) in float32, rows, columns, and the space of one sample at a site."""
@@ -235,6 +239,24 @@ class Recording:
             for site, row in zip(seen.labels["layer"], shares.tolist(), strict=True)
         }
 
+    def sinks(self, sample: int = 0) -> dict[str, tuple[int, ...]]:
+        """By layer of the text, the tokens that draw attention whatever is asked: see `core/sinks.py`."""
+        layout = self.layouts[0]
+        reading = readers(layout.where("question"))[sample].cpu()
+        able = (~layout.where("question") | layout.where("first"))[sample].cpu()
+        found = {}
+        for site in match(self.main_sites(), self.sites):
+            weights, rows, columns, space = self._layer(site.name, sample)
+            whole = self.options["columns"] == "all" and space == 0
+            here = reading[rows]
+            if columns is None or not whole or here.sum() < reading.sum():
+                raise InputError(
+                    "Sinks are seen from the question, whose rows and all columns were not recorded.",
+                    "record rows='after_image' or 'all', columns='all', and no sums",
+                )
+            found[site.name] = tuple(columns[sinks(weights[:, here], able[columns])].tolist())
+        return found
+
     # ---- pictures ------------------------------------------------------------------------------------
 
     def pictures_of(self, sample: int = 0) -> int:
@@ -256,6 +278,13 @@ class Recording:
 
         return plain.recording(self, word, width, colour=colour, sample=sample)
 
+    def page(self, beside: Recording | None = None, word: Words = None, sample: int = 0) -> str:
+        """A page to look around in, HTML that needs nothing else; with another recording of the same pictures
+        and question beside it, both and their difference. It opens at `word`."""
+        from saccade.report import page
+
+        return page.page(self, beside, word, sample)
+
     def _repr_html_(self) -> str:
         said = html.escape(self.answer() or f"{len(self.parts)} parts, {self.nbytes} bytes")
         text = f"<p>{html.escape(self.prompt)} <b>{said}</b></p>"
@@ -271,262 +300,27 @@ class Recording:
 
     # ---- files ---------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: archive.Path) -> None:
         """One safetensors file; everything but the numbers is JSON in its metadata."""
-        tensors: dict[str, Tensor] = {}
-        names: dict[int, str] = {}
-
-        def keep(tensor: Tensor | None) -> str | None:
-            if tensor is None:
-                return None
-            if id(tensor) not in names:
-                names[id(tensor)] = f"t{len(names)}"
-                tensors[names[id(tensor)]] = tensor.detach().cpu().clone().contiguous()
-            return names[id(tensor)]
-
-        def kept(thing: Any) -> dict[str, Any]:
-            return {
-                f.name: keep(v) if v is None or isinstance(v, Tensor) else v
-                for f in fields(thing)
-                for v in [getattr(thing, f.name)]
-            }
-
-        data = {
-            "parts": [kept(part) for part in self.parts],
-            "sites": [[s.name, s.tower, s.index, s.kind, s.depth] for s in self.sites],
-            "layouts": [kept(layout) for layout in self.layouts],
-            "ids": keep(self.ids),
-            "answer_start": self.answer_start,
-            "options": self.options,
-            "texts": self.texts,
-            "pictures": [[kept(picture) for picture in pictures] for pictures in self.pictures],
-            "prompt": self.prompt,
-        }
-        try:
-            save_file(tensors, path, {"format": FORMAT, "version": VERSION, "data": json.dumps(data)})
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path} cannot be written: {e}.", "give a path in a folder of yours") from e
+        sites = [[s.name, s.tower, s.index, s.kind, s.depth] for s in self.sites]
+        layouts = [replace(layout, words=None) for layout in self.layouts]
+        archive.write(path, KIND, VERSION, vars(self) | {"sites": sites, "layouts": layouts})
 
     @staticmethod
-    def load(path: str | os.PathLike[str]) -> Recording:
+    def load(path: archive.Path) -> Recording:
         """What `save` wrote."""
-        remedy = "give a file that recording.save(path) wrote"
-        try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise InputError(f"{path} cannot be read: {e}.", remedy) from e
-        if about.get("format") != FORMAT:
-            raise InputError(f"{path} is no recording of attention.", remedy)
-        if about.get("version") != VERSION:
-            raise InputError(
-                f"{path} is a recording of version {about.get('version')}, and this library reads {VERSION}.",
-                "record it again, or read it with the version of saccade that wrote it",
-            )
-
-        def made(kind: Any, values: dict[str, Any], *names: str) -> Any:
-            return kind(**{k: tensors[v] if k in names and v is not None else v for k, v in values.items()})
-
-        try:
-            data = json.loads(about["data"])
-            return Recording(
-                parts=[made(Part, p, "rows", "columns", "weights", "where") for p in data["parts"]],
-                sites=[
-                    Site(name, "", nn.Identity(), tower, index, kind, "interface", depth)
-                    for name, tower, index, kind, depth in data["sites"]
-                ],
-                layouts=[made(Layout, v, "kind", "item", "turn", "sample", "box") for v in data["layouts"]],
-                ids=tensors[data["ids"]] if data["ids"] is not None else None,
-                answer_start=data["answer_start"],
-                options=data["options"],
-                texts=data["texts"],
-                pictures=[[made(Picture, p, "png") for p in pictures] for pictures in data["pictures"]],
-                prompt=data["prompt"],
-            )
-        except (KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{path} is damaged: {e!r}.", remedy) from e
+        return archive.read(path, KIND, VERSION, _built)
 
 
-@dataclass
-class Picture:
-    """A picture as it was given to the model, or smaller."""
-
-    width: int  # of the original
-    height: int
-    png: Tensor  # (bytes,), uint8
-
-    @staticmethod
-    def of(image: Image) -> Picture:
-        small, data = image.convert("RGB"), io.BytesIO()
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        small.save(data, "PNG")
-        return Picture(*image.size, torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8))
-
-    def image(self) -> Image:
-        from PIL import Image
-
-        return Image.open(io.BytesIO(self.png.numpy().tobytes())).convert("RGB")
-
-
-class Token(NamedTuple):
-    """A column and its weight."""
-
-    position: int
-    weight: float
-    kind: str
-    text: str
-
-
-@dataclass
-class Map:
-    """Weights with named axes, of which `mean`, `max`, `heads` and `layers` leave fewer."""
-
-    tensor: Tensor
-    labels: dict[str, tuple[Any, ...]]  # by axis, in order
-    recording: Recording
-    sample: int
-    space: int  # the layout of the columns
-    sites: list[Site]
-    caption: str = ""
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return tuple(self.labels)
-
-    def mean(self, *axes: str) -> Map:
-        return self._over(axes, lambda t, at: t.mean(at))
-
-    def max(self, *axes: str) -> Map:
-        return self._over(axes, lambda t, at: t.amax(at))
-
-    def heads(self, *heads: int) -> Map:
-        count = self.tensor.shape[self._axis("head")]
-        wrong = [h for h in heads if not -count <= h < count]
-        if wrong:
-            raise InputError(f"There is no head {wrong[0]} here.", f"use heads from 0 to {count - 1}")
-        return self._choose("head", [h % count for h in heads])
-
-    def layers(self, span: str | int) -> Map:
-        """`8:24`, `-2`, `25%:75%` or `3`, as in patterns of sites."""
-        self._axis("layer")
-        chosen = [i for i, site in enumerate(self.sites) if site.index in layers(span, site.depth)]
-        if not chosen:
-            known = ", ".join(site.name for site in self.sites)
-            raise InputError(f"No layer {span} was recorded.", f"there are {known}")
-        return replace(self._choose("layer", chosen), sites=[self.sites[i] for i in chosen])
-
-    def on_picture(self, item: int = 0, shape: tuple[int, int] | None = None) -> np.ndarray:
-        """Weights on one picture in its own geometry: (height, width), or a coarser `shape` of the same area.
-
-        A token's weight is spread evenly over the part of its box that lies in the picture; where tiles and
-        base views overlap they add up. So the array's sum is the share of attention on this picture, save
-        tokens that show no place of it, such as the ends of rows. Axes that are left are averaged.
-        """
-        weights, boxes = self._boxed(item)
-        width, height = self._size(item, boxes)
-        return on_picture(weights, boxes, (width, height), shape or (height, width)).float().numpy()
-
-    def grid(self, item: int = 0) -> np.ndarray:
-        """`on_picture` as coarse as the tokens are."""
-        _, boxes = self._boxed(item)
-        return self.on_picture(item, cells(boxes, self._size(item, boxes)))
-
-    def overlay(self, image: Image | None = None, item: int = 0) -> Image:
-        """The picture with this map over it."""
-        from saccade.report import overlay
-
-        return overlay.overlay(image or self.picture(item), self.grid(item), self.caption)
-
-    def picture(self, item: int = 0) -> Image:
-        """The picture as it was kept, or a grey one."""
-        from PIL import Image
-
-        if kept := self._kept(item):
-            return kept.image()
-        return Image.new("RGB", self._size(item, self._boxed(item)[1]), (96, 96, 96))
-
-    def top(self, k: int = 10) -> list[Token]:
-        """The columns with the largest weights, a mean over the other axes."""
-        weights = self._columns()
-        texts = self.recording.texts[self.sample] if self.recording.texts and self.space == 0 else []
-        kinds = self.recording.layouts[self.space].kind
-        found = []
-        for i in weights.topk(min(k, len(weights))).indices.tolist():
-            position = self.labels["column"][i]
-            if isinstance(position, str):
-                found.append(Token(-1, float(weights[i]), position, ""))
-                continue
-            kind = KINDS[int(kinds[self._row(), position])]
-            text = (texts[position] if position < len(texts) else None) or ""
-            found.append(Token(position, float(weights[i]), kind, text))
-        return found
-
-    def __repr__(self) -> str:
-        sizes = ", ".join(f"{axis} {len(labels)}" for axis, labels in self.labels.items())
-        return f"<Map of {sizes or 'one number'}>"
-
-    # ---- inside --------------------------------------------------------------------------------------
-
-    def _axis(self, name: str) -> int:
-        if name not in self.labels:
-            raise InputError(f"This map has no axis {name!r}.", f"it has {', '.join(self.labels) or 'none'}")
-        return list(self.labels).index(name)
-
-    def _over(self, axes: Iterable[str], reduction: Any) -> Map:
-        smaller = self
-        for axis in axes:
-            at = smaller._axis(axis)
-            if smaller.tensor.shape[at] == 0:
-                raise InputError(f"This map is empty along {axis!r}.", "record rows and columns that exist")
-            labels = {name: value for name, value in smaller.labels.items() if name != axis}
-            smaller = replace(smaller, tensor=reduction(smaller.tensor, at), labels=labels)
-        return smaller
-
-    def _choose(self, axis: str, index: list[int]) -> Map:
-        at = self._axis(axis)
-        labels = {**self.labels, axis: tuple(self.labels[axis][i] for i in index)}
-        return replace(self, tensor=self.tensor.index_select(at, torch.tensor(index)), labels=labels)
-
-    def _columns(self) -> Tensor:
-        self._axis("column")
-        return self.mean(*(axis for axis in self.labels if axis != "column")).tensor
-
-    def _row(self) -> int:
-        """Of the layout: in other spaces than the main one beams and pictures may be more than rows."""
-        return self.sample % self.recording.layouts[self.space].shape[0]
-
-    def _boxed(self, item: int) -> tuple[Tensor, Tensor]:
-        """Weights (tokens,) and boxes (tokens, 4) of a picture's tokens that show a place of it."""
-        weights, positions = self._columns().double(), self.labels["column"]
-        if positions and isinstance(positions[0], str):
-            raise InputError("Sums have no place in a picture.", "record reduce=None, mean_heads or topk(k)")
-        layout, row = self.recording.layouts[self.space], self._row()
-        at = torch.tensor(positions, dtype=torch.long)
-        on = (layout.where("image")[row] & (layout.item[row] == item)).cpu()[at]
-        if not on.any():
-            raise InputError(
-                f"Nothing was recorded of a picture {item}.", "count the sample's pictures from 0"
-            )
-        boxes = layout.boxes[row].cpu()[at][on].double()
-        known = boxes.isfinite().all(-1)
-        if not known.any():
-            raise InputError(
-                "The tokens of this picture have no boxes.",
-                "session.locate(processor, images), before the model runs",
-            )
-        return weights[on][known], boxes[known]
-
-    def _kept(self, item: int) -> Picture | None:
-        pictures, layout = self.recording.pictures, self.recording.layouts[self.space]
-        sample = int(layout.sample[self._row()])
-        return pictures[sample][item] if sample < len(pictures) and item < len(pictures[sample]) else None
-
-    def _size(self, item: int, boxes: Tensor) -> tuple[int, int]:
-        """Width and height in the units of the boxes."""
-        if kept := self._kept(item):
-            return kept.width, kept.height
-        return max(1, round(float(boxes[:, 2].max()))), max(1, round(float(boxes[:, 3].max())))
+def _built(data: dict[str, Any]) -> Recording:
+    data["parts"] = [Part(**part) for part in data["parts"]]
+    data["sites"] = [
+        Site(name, "", nn.Identity(), tower, index, kind, "interface", depth)
+        for name, tower, index, kind, depth in data["sites"]
+    ]
+    data["layouts"] = [Layout(**layout) for layout in data["layouts"]]
+    data["pictures"] = [[Picture(**one) for one in pictures] for pictures in data["pictures"]]
+    return Recording(**data)
 
 
 def _union(columns: Iterable[Tensor | None]) -> Tensor | None:
@@ -546,12 +340,3 @@ def _spread(w: Tensor, columns: Tensor | None, onto: Tensor | None) -> Tensor:
     out = w.new_zeros(*w.shape[:-1], len(onto))
     out[..., torch.searchsorted(onto, columns[real])] = w[..., real]
     return out
-
-
-def segments(where: Callable[[str], Tensor]) -> Tensor:
-    """Every token in one of SEGMENTS, on a new last axis, from masks by name. Padding is in none."""
-    left, found = where("all"), []
-    for name in ("first", "visual", "question", "generated"):
-        found.append(where(name) & left)
-        left = left & ~found[-1]
-    return torch.stack([*found, left], -1)

@@ -12,7 +12,9 @@ from torch import Tensor
 from saccade.core.errors import InputError, OptionError
 from saccade.core.layout import GENERATED, PAD, Layout
 from saccade.core.method import Method, option
-from saccade.core.record import Part, Recording, segments
+from saccade.core.record import Part, Recording
+from saccade.core.reduce import entropy, segments
+from saccade.core.sinks import sinks_of
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ class Record(Method):
         "query rows: generated (those that say the answer: the prompt's last and all later ones), last (of "
         "every pass), all, a segment such as question, or a slice of positions",
     )
-    columns: str = option("all", "keys: all, or a kind or segment such as image, visual, question")
+    columns: str = option(
+        "all", "keys: all, a kind or segment such as image, visual, question, or sinks, by layer"
+    )
     reduce: str | None = option(None, "what is kept: mean_heads, segments, entropy, topk(k); None for all")
     dtype: str = option("float16", "in which numbers", choices=("float16", "bfloat16", "float32"))
 
@@ -88,7 +92,13 @@ class Record(Method):
 
     def end(self, run: Run) -> Recording:
         log: _Log = run.state["log"]
-        return log.recording(run, {"rows": str(self.rows), "columns": self.columns, "reduce": self.reduce})
+        options = {
+            "rows": str(self.rows),
+            "columns": self.columns,
+            "heads": self.heads,
+            "reduce": self.reduce,
+        }
+        return log.recording(run, options)
 
     def _span(self, call: AttentionCall, log: _Log) -> Span | None:
         if isinstance(self.rows, slice):
@@ -115,12 +125,13 @@ class Record(Method):
 
     def _heads(self, call: AttentionCall) -> list[int] | None:
         count = call.q.shape[1]
-        wrong = [head for head in self.heads or () if not -count <= head < count]
+        heads = self.heads_at(call.site)
+        wrong = [head for head in heads or () if not -count <= head < count]
         if wrong:
             raise InputError(
                 f"{call.site.name} has no head {wrong[0]}, only {count}.", f"use heads from 0 to {count - 1}"
             )
-        return None if self.heads is None else [head % count for head in self.heads]
+        return None if heads is None else [head % count for head in heads]
 
     def _reduced(self, call: AttentionCall, w: Tensor, chosen: _Columns) -> tuple[Tensor, Tensor | None]:
         where = None
@@ -139,9 +150,7 @@ class Record(Method):
                 )
             w = w.mean(1, keepdim=True)
         elif self.reduce == "entropy":
-            tiny = torch.finfo(w.dtype).tiny
-            p = w / w.sum(-1, keepdim=True).clamp_min(tiny)
-            w = -(p * p.clamp_min(tiny).log()).sum(-1, keepdim=True)
+            w = entropy(w)
         elif self.reduce is not None and (top := _TOP.fullmatch(self.reduce)):
             w, index = w.topk(min(int(top[1]), w.shape[-1]), -1)
             where = chosen.positions if chosen.positions.ndim == 3 else chosen.positions[:, None]
@@ -260,8 +269,8 @@ class _Log:
         return self._rows[key]
 
     def columns(self, call: AttentionCall, name: str, heads: list[int] | None) -> _Columns | None:
-        key = (call.site.tower, call.site.kind, call.k.shape)
-        if call.pos is not None:  # every layer may hold other keys
+        key = (call.site.tower, call.site.kind, call.k.shape, str(heads))
+        if call.pos is not None or name == "sinks":  # every layer has its own
             return self._columns(call, name, heads)
         if key not in self._cache:
             self._cache[key] = self._columns(call, name, heads)
@@ -275,7 +284,8 @@ class _Log:
             kpos = kpos if heads is None else kpos[:, heads]
         if name == "all":
             return _Columns(slice(0, keys), self.shared(kpos), heads)
-        mask = call.columns(name)[:, :, 0]  # (batch, heads or 1, keys)
+        found = sinks_of(call, self.space.main) if name == "sinks" else call.columns(name)
+        mask = found[:, :, 0]  # (batch, heads or 1, keys)
         mask = mask if mask.shape[1] == 1 or heads is None else mask[:, heads]
         counts = mask.sum(-1)
         most = int(counts.max())

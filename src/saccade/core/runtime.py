@@ -20,10 +20,10 @@ from saccade.core.host import check_events, check_needs, host_of
 from saccade.core.method import Method
 from saccade.core.passes import Pass, Run
 from saccade.core.plan import Plan, make_plans, merge, reducing
-from saccade.core.seams import hidden, sdpa, softmax, tokens, unembed
+from saccade.core.seams import hidden, projections, rotation, sdpa, softmax, tokens, unembed
 from saccade.core.seams.plain import PlainHost, restore
 from saccade.core.seams.wrap import wrap, wrap_call
-from saccade.core.site import Site
+from saccade.core.site import Site, match
 from saccade.core.state import Sequence
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class Runtime:
         self.last_pass: Pass | None = None
         self.located: Located | None = None  # the pictures of the coming runs
         self._head: unembed.Head | None = None
+        self._anatomy: projections.Anatomy | None = None
+        self._rotations: dict[str, rotation.Rotation] | None = None
         self._paused: list[Session] = []  # once for every `paused()` that a session is in
         self._local = _Running()
         self._undo: list[Callable[[], None]] = []
@@ -118,7 +120,8 @@ class Runtime:
         tracked = any(tracks(s.methods) for s in self.sessions)
         wanted = merge([*self.own_plans.values()])
         self.ensure(wanted, tracked)
-        for key in [k for k in self._installed if k not in places(wanted, self.host, tracked)]:
+        needed = places(wanted, self.host, tracked)
+        for key in [k for k in self._installed if k not in needed]:
             self._installed.pop(key)()
 
     def ensure(self, plans: Mapping[Site, Plan], tracked: bool) -> None:
@@ -412,6 +415,53 @@ class Runtime:
         if self._head is None:
             self._head = unembed.find(self.host, lambda i: self.side_pass(self.host.extra(i, False), ())[0])
         return self._head(h, norm=norm)
+
+    @property
+    def anatomy(self) -> projections.Anatomy:
+        if self._anatomy is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._anatomy = projections.find(
+                    self.host, lambda inputs, methods: self.side_pass(self.host.extra(inputs, False), methods)
+                )
+        return self._anatomy
+
+    def rotation(self, site: Site) -> rotation.Rotation:
+        if self._rotations is None:
+            self._rotations = rotation.find(
+                self.host, lambda inputs, methods: self.side_pass(self.host.extra(inputs, False), methods)
+            )
+        if site.name not in self._rotations:
+            raise InputError(
+                f"{site.name} ({type(site.module).__name__}) does not turn queries and keys by known frequencies.",
+                "use a decoder with rotary positions",
+            )
+        return self._rotations[site.name]
+
+    def matrices(self, name: str) -> projections.Matrices:
+        site = match(name, self.host.sites)[0]
+        found = self.anatomy.linears.get(site.name, "it is no self-attention of the main tower")
+        if isinstance(found, str):
+            raise AttachError(
+                f"{site.name} ({type(site.module).__name__}) does not show the matrices of its heads: {found}.",
+                "leave it out with sites=",
+            )
+        return found.matrices()
+
+    def norm(self, name: str) -> nn.Module:
+        """The one right before attention or an mlp."""
+        site = match(name, self.host.sites)[0]
+        norm = self.anatomy.norms.get(site.name)
+        if norm is None:
+            raise AttachError(
+                f"{site.name} ({type(site.module).__name__}): no norm is seen right before it.",
+                "use a decoder that normalises what its layers are given",
+            )
+        return norm
+
+    def mlp(self, name: str, h: Tensor) -> Tensor:
+        site = match(name, self.host.sites)[0]
+        out = site.module(self.norm(name)(h))
+        return out[0] if isinstance(out, tuple) else out
 
     def side_pass(
         self,

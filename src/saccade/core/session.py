@@ -21,6 +21,7 @@ from saccade.core.site import Site
 
 if TYPE_CHECKING:
     from saccade.core.question import Answer, Question
+    from saccade.core.seams.projections import Matrices
 
 
 def attach(model: nn.Module, *methods: Method | Iterable[Method]) -> Session:
@@ -66,10 +67,15 @@ class Session:
         self._runtime.located = locate(self.model, processor, images) if images else None
 
     def forward(
-        self, inputs: Mapping[str, Any], methods: Iterable[Method] = (), *, grad: bool = False
+        self,
+        inputs: Mapping[str, Any],
+        methods: Iterable[Method] = (),
+        *,
+        grad: bool = False,
+        last_only: bool = False,
     ) -> Any:
-        """One forward with these methods alone, none unless given."""
-        return self._runtime.extra_pass(inputs, tuple(methods), grad)
+        """One forward with these methods alone, none unless given. `last_only` as in `Run.forward`."""
+        return self._runtime.extra_pass(inputs, tuple(methods), grad, last_only)
 
     def run(self, driver: Driver, question: Question) -> Answer:
         """Let a driver answer a question. The methods of this session act in the answers that it asks for."""
@@ -87,6 +93,14 @@ class Session:
         """Logits that the model's own head gives to hidden states (..., width), as if a last layer had made
         them; without the final norm where it is not wanted."""
         return self._runtime.unembed(h, norm)
+
+    def matrices(self, site: str) -> Matrices:
+        """W_q, W_k, W_v and W_o of the heads of a self-attention, such as `text.3.self`."""
+        return self._runtime.matrices(site)
+
+    def mlp(self, site: str, h: Tensor) -> Tensor:
+        """What an mlp, such as `text.0.mlp`, and the norm before it make of hidden states (..., width)."""
+        return self._runtime.mlp(site, h)
 
     def calibrate(self, method: Method, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Let the method measure this model, and keep the result where the method will find it."""

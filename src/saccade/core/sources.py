@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 
 CHUNK = 256  # features that are compared with all tokens at once
 
-_known: WeakKeyDictionary[nn.Module, dict[Any, tuple[Tensor, int]]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[Any, dict[str, Traced]]] = WeakKeyDictionary()
+
+
+class Traced(NamedTuple):
+    """What the model was asked: its features and, where one was named, the tokens at a site."""
+
+    begins: Tensor  # (features, axes): the line where each begins, -1 for what has no place
+    made_of: Tensor  # (features, most): of which tokens, -1 where there are fewer
+    tokens: int
 
 
 def sources(runtime: Runtime, inputs: Mapping[str, Any], kind: str, site: Site) -> tuple[Tensor, int]:
@@ -27,6 +35,24 @@ def sources(runtime: Runtime, inputs: Mapping[str, Any], kind: str, site: Site) 
     Asked of the model once for each shape of its inputs: its tower runs some twenty times on pixels that are
     changed here and there.
     """
+    given, name, known = _pixels(runtime, inputs, kind)
+    if site.name not in known:
+        known[site.name] = _asked(runtime, given, name, kind, site)
+    return known[site.name].made_of, known[site.name].tokens
+
+
+def first_lines(runtime: Runtime, inputs: Mapping[str, Any], kind: str) -> Tensor:
+    """Where each feature begins along the axes of `probe.lines`: (features, axes), -1 for what has no place."""
+    given, name, known = _pixels(runtime, inputs, kind)
+    if not known:
+        known[""] = _asked(runtime, given, name, kind, None)
+    return next(iter(known.values())).begins
+
+
+def _pixels(
+    runtime: Runtime, inputs: Mapping[str, Any], kind: str
+) -> tuple[dict[str, Tensor], str, dict[str, Traced]]:
+    """The tensors, which of them are pixels, and what is known of their shape, by the site's name."""
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     name = next(name for name in given if name.startswith("pixel_values"))
     grids = tuple(
@@ -34,17 +60,11 @@ def sources(runtime: Runtime, inputs: Mapping[str, Any], kind: str, site: Site) 
     )
     pixels = given[name]
     filled = tuple((pixels != 0).flatten(-3).any(-1).flatten().tolist()) if pixels.ndim > 4 else ()
-    key = (kind, site.name, tuple(pixels.shape), grids, filled)
-    known = _known.setdefault(runtime.model, {})
-    if key not in known:
-        with runtime.alone(), torch.no_grad():
-            known[key] = _asked(runtime, given, name, kind, site)
-    return known[key]
+    shapes = _known.setdefault(runtime.model, {})
+    return given, name, shapes.setdefault((kind, tuple(pixels.shape), grids, filled), {})
 
 
-def _asked(
-    runtime: Runtime, given: dict[str, Tensor], name: str, kind: str, site: Site
-) -> tuple[Tensor, int]:
+def _asked(runtime: Runtime, given: dict[str, Tensor], name: str, kind: str, site: Site | None) -> Traced:
     features, _ = featurizer(runtime.host, kind)
     pixels = given[name]
     caught: list[Tensor] = []
@@ -52,17 +72,19 @@ def _asked(
     def read(values: Tensor) -> list[Tensor]:
         caught.clear()
         made = features({**given, name: values.to(pixels)})
-        return [made, torch.cat(caught)]
+        return [made, torch.cat(caught)] if site else [made]
 
     drawn = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels.device)
     low, high = pixels.float().aminmax()
     new = (low + drawn * (high - low).clamp_min(1)).to(pixels)
     if pixels.ndim > 4:  # empty tiles stay empty
         new = torch.where((pixels == 0).flatten(-3).all(-1)[..., None, None, None], pixels, new)
-    with silenced(runtime.host, site, caught):
+    with runtime.alone(), torch.no_grad(), silenced(runtime.host, site, caught):
         axes = lines(pixels.shape, patch_of(runtime.model))
-        features_from, tokens_from = trace(read, pixels, new, axes)
-    return _inside(features_from, tokens_from), len(tokens_from[0])
+        found, *tokens = trace(read, pixels, new, axes)
+    begins = found[0].masked_fill(~found[2][:, None], -1)
+    made_of = _inside(found, tokens[0]) if tokens else begins.new_empty(len(begins), 0)
+    return Traced(begins, made_of, len(tokens[0][0]) if tokens else 0)
 
 
 def _inside(features: tuple[Tensor, Tensor, Tensor], tokens: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.core.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from saccade.core.call import AttentionCall
     from saccade.core.layout import Layout
@@ -81,6 +81,13 @@ class Removal:
         new.shift = self.shift
         return new
 
+    def spread(self, mask: Tensor) -> Tensor:
+        """A mask over what is left (batch, left) as one over all tokens, False where one left."""
+        whole = mask.new_zeros(mask.shape[0], self.full)
+        rows, columns = (self.keep >= 0).nonzero(as_tuple=True)
+        whole[rows, self.keep[rows, columns]] = mask[rows, columns]
+        return whole
+
     def scatter(self, h: Tensor) -> Tensor:
         """States at full length, a removed position taking the previous surviving row."""
         batch, left = self.keep.shape
@@ -98,9 +105,10 @@ class TokensCall:
     """A layer about to run, for the `tokens` event: `h` (batch, tokens, width) goes in.
 
     `peek()` is the attention call that it will make, made ahead; its projections are computed twice.
+    `peek(rotated=False)` is what it would be if all tokens stood at position 0.
     """
 
-    def __init__(self, site: Site, pass_: Pass, h: Tensor, peek: Callable[[], AttentionCall]) -> None:
+    def __init__(self, site: Site, pass_: Pass, h: Tensor, peek: Callable[..., AttentionCall]) -> None:
         self.site, self.pass_, self.h, self.peek = site, pass_, h, peek
         self.run: Run = pass_.run
         self.phase = pass_.phase
@@ -131,12 +139,30 @@ class TokensCall:
             found += [self.left(part) for part in parts if bool(part.any())]
         return found
 
+    def of_features(self, kind: str, said: Sequence[Tensor]) -> Tensor:
+        """What was said (bool) of the features of all items of a kind, in the prompt's order, for the tokens that are
+        still there: (batch, tokens), False for others."""
+        slots = self._all(kind)
+        beams = slots.shape[0] // self.run.samples
+        mask, flat = torch.zeros_like(slots[::beams]), torch.cat([*said])
+        if len(flat) != int(slots[::beams].sum()):
+            raise InputError(
+                f"{len(flat)} features of {kind}s were judged, and this pass has {int(slots[::beams].sum())}.",
+                "let pictures through the vision tower once for each prompt",
+            )
+        mask[slots[::beams]] = flat.to(mask.device)
+        return self.left(mask.repeat_interleave(beams, 0))
+
     def left(self, mask: Tensor) -> Tensor:
         """A mask over the tokens of the pass (batch, tokens) for those that are still there."""
         if self.removal is None:
             return mask
         keep = self.removal.keep
         return mask.gather(1, keep.clamp_min(0)) & (keep >= 0)
+
+    def spread(self, mask: Tensor) -> Tensor:
+        """A mask over the tokens that are still there as one over the tokens of the pass, False where one left."""
+        return mask if self.removal is None else self.removal.spread(mask)
 
     @property
     def _full(self) -> int:

@@ -147,9 +147,16 @@ def seam_of(module: nn.Module) -> Seam | None:
     if "ALL_ATTENTION_FUNCTIONS" in names:
         return "interface"
     if names & {"scaled_dot_product_attention", "dispatch_attention_fn"}:
-        return "softmax" if getattr(module, "fused_attn", True) is False else "sdpa"
+        return "softmax" if _unfused(module, names) else "sdpa"
     by_hand = bool(names & {"softmax", "Softmax"}) and re.search("Atten|Attn", type(module).__name__)
     return "softmax" if by_hand and any(True for _ in module.children()) else None
+
+
+def _unfused(module: nn.Module, names: frozenset[str]) -> bool:
+    """Told to attend by hand, though its code has the fused operator too."""
+    if "_attn_implementation" in names:
+        return getattr(getattr(module, "config", None), "_attn_implementation", None) == "eager"
+    return getattr(module, "fused_attn", True) is False
 
 
 @functools.cache
@@ -248,7 +255,7 @@ def _mlp(layer: nn.Module, attention: list[str], prefix: str = "") -> str | None
         if any(inner.startswith(path + ".") for inner in attention) or _normalises(child):
             best = _mlp(child, attention, path + ".") or best
         elif path not in attention and any(
-            _is_linear(m) or "xpert" in type(m).__name__ for m in child.modules()
+            is_linear(m) or "xpert" in type(m).__name__ for m in child.modules()
         ):
             best = path
     return best if best is None or _takes_one(layer.get_submodule(best.removeprefix(prefix))) else None
@@ -256,7 +263,7 @@ def _mlp(layer: nn.Module, attention: list[str], prefix: str = "") -> str | None
 
 def _normalises(module: nn.Module) -> bool:
     """A sublayer that normalises and adds by itself (T5's): the mlp is inside."""
-    return not _is_linear(module) and any("Norm" in type(child).__name__ for child in module.children())
+    return not is_linear(module) and any("Norm" in type(child).__name__ for child in module.children())
 
 
 def _takes_one(module: nn.Module) -> bool:
@@ -269,12 +276,12 @@ def _takes_one(module: nn.Module) -> bool:
 
 
 def _last_linear(mlp: nn.Module) -> str | None:
-    linears = [name for name, module in mlp.named_modules() if _is_linear(module)]
+    linears = [name for name, module in mlp.named_modules() if is_linear(module)]
     experts = any(
         isinstance(module, nn.ModuleList) or "xpert" in type(module).__name__ for module in mlp.modules()
     )
     return linears[-1] if linears and not experts else None
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "Linear", "LinearLayer")

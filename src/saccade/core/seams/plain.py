@@ -167,6 +167,9 @@ class PlainHost:
             "use a vision-language model of transformers",
         )
 
+    def shortened(self, inputs: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+        return self.without_images(inputs)
+
     def beside(self, inputs: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         return self.without_images(inputs)
 
@@ -204,15 +207,16 @@ class PlainHost:
 
     def _patches(self, name: str, pass_: Pass) -> int | None:
         """How many patches the tower cuts its pictures into, where it cuts them with a convolution."""
-        inputs = pass_.tower_inputs.get(name, pass_.inputs)
+        given = (*pass_.tower_inputs.get(name, {}).values(), *pass_.inputs.values())
         pixels = next(
-            (v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()),
-            None,
+            (v for v in given if isinstance(v, Tensor) and v.ndim == 4 and v.is_floating_point()), None
         )
         if pixels is None:
             return None
-        root = self.roots().get(name, self.model)
-        cuts = [m for m in root.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride]
+        owners = (self.roots().get(name, self.model), self.model)  # the cut may stand beside the layers
+        cuts = [
+            m for o in owners for m in o.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == m.stride
+        ]
         if not cuts:
             return None
         height, width = (

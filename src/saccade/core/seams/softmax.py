@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from saccade.core.call import AttentionCall, Span, take_rows
 from saccade.core.errors import AttachError, InputError
-from saccade.core.plan import edited_weights, observe
+from saccade.core.plan import acting, edited_weights, observe
 from saccade.core.seams.sdpa import first_tensor
 from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
@@ -55,7 +55,7 @@ class _Listen(TorchFunctionMode):
         fold, unfold = self._folding(scores.shape)
         scores = fold(scores)
         call = ScoredCall(self.site, scores, softmax, lambda s: fold(softmax(unfold(s))), pass_, self.x)
-        edits = [m for m in plan.edits if pass_.phase in m.phases]
+        edits = acting(call, plan)
         everything = slice(0, scores.shape[2])
         if edits:
             spans = {id(m): call.resolve(m.rows) for m in edits}

@@ -99,11 +99,6 @@ def _around(
         return forward(*args, **kwargs)
 
     h: Tensor = inputs[names[0]]
-    if h.ndim != 3 or (h.shape[0] == 1 and _packed(inputs)):
-        raise InputError(
-            f"{site.name} keeps its tokens in a grid, or those of all pictures in one row, from which none can leave.",
-            "take tokens out behind the tower (the features event), or in the text tower",
-        )
     repairs = pass_.repairs(site.tower)
     if before is not None and repairs:
         h = gather_tokens(h, before.keep, 1)
@@ -121,6 +116,7 @@ def _around(
         call = TokensCall(site, pass_, step.h, functools.partial(step.peek, forward, names[0]))
         answer = method.tokens(call)
         if answer is not None:
+            _refuse_rows_of_all(site, h, inputs)
             step.take(answer)
     pass_.removals_at[site.tower, site.index] = before, step.removal
     given = step.inputs(names[0], caching=True)
@@ -133,6 +129,14 @@ def _around(
         removal.whole = repairs or site.index == site.depth - 1
         states = removal.scatter(states) if removal.whole else states
     return (states, *out[1:]) if isinstance(out, tuple) else states
+
+
+def _refuse_rows_of_all(site: Site, h: Tensor, inputs: dict[str, Any]) -> None:
+    if h.ndim != 3 or (h.shape[0] == 1 and _packed(inputs)):
+        raise InputError(
+            f"{site.name} keeps its tokens in a grid, or those of all pictures in one row, from which none can leave.",
+            "take tokens out behind the tower (the features event), or in the text tower",
+        )
 
 
 class _Step:
@@ -293,9 +297,18 @@ class _Step:
                 self.held.shift = removal.shift if shift is None else shift + removal.shift
         return inputs
 
-    def peek(self, forward: Callable[..., Any], first: str) -> AttentionCall:
+    def peek(self, forward: Callable[..., Any], first: str, *, rotated: bool = True) -> AttentionCall:
         """The coming attention call, without touching the cache."""
         inputs = self.inputs(first, caching=False)
+        if not rotated:
+            rotary = self._rotary()
+            if rotary is None:
+                raise InputError(
+                    f"{self.site.name} has no rotary positions that could be left out.",
+                    "use a model with rotary positions, such as Llama or Qwen",
+                )
+            ids = self._ids(rotary)
+            inputs["position_embeddings"] = rotary.at(ids.new_zeros(*ids.shape[:-1], self.h.shape[1]))
         cached = inputs.pop("past_key_values", None)
         self.pass_.peeking = (self.held,) if cached is not None else (None,)
         try:

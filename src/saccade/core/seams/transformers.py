@@ -111,7 +111,10 @@ def _attention(
             if hasattr(module, "expand_kv"):  # the cache holds a latent
                 held_keys, held_values = module.expand_kv(held_keys, held_values)
             key, value = torch.cat([held_keys, key], 2), torch.cat([held_values, value], 2)
-    if plan is None and pass_.groups is None and pass_.peeking is None:
+    groups = pass_.groups
+    unwanted = plan is None if groups is None else not any(p.plans.get(site) for _, p, _ in groups)
+    eager = hook.native_name == "eager"
+    if unwanted and pass_.peeking is None and (groups is None or not eager):
         return hook.native(module, query, key, value, attention_mask, **kwargs)
     call = AttentionCall(
         site,
@@ -134,9 +137,9 @@ def _attention(
     )
     if pass_.peeking is not None:
         raise Peeked(call)
-    call.keeps_weights = hook.native_name == "eager"
-    if pass_.groups is not None:
-        out = execute_groups(call, pass_.groups, None if hook.shares else held)
+    call.keeps_weights = eager
+    if groups is not None:
+        out = execute_groups(call, groups, None if hook.shares else held)
         return out.transpose(1, 2).contiguous(), call.returned_weights
     assert plan is not None
     out = execute(call, plan).transpose(1, 2).contiguous()
@@ -504,23 +507,25 @@ class TransformersHost(PlainHost):
         for kind in ("image", "video"):
             if kind in self.vocabulary.placeholders:
                 visual |= ids == self.vocabulary.placeholders[kind]
-        mask = inputs.get("attention_mask")
+        without = self.shortened(inputs, ~visual)
+        return {
+            name: without[name] for name in without if name == "attention_mask" or _by_token(inputs, name)
+        }
+
+    def shortened(self, inputs: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+        """The same prompt with these of its tokens alone (samples, tokens), shorter rows padded on the left."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         real = torch.ones_like(ids) if mask is None else mask
-        keep = ~visual & (real != 0)
+        keep = keep & (real != 0)
         length = int(keep.sum(1).max())
         order = (
             keep.long().sort(dim=1, stable=True).indices[:, -length:]
         )  # kept tokens to the right, in order
         kept = keep.gather(1, order)
-        without = {
-            name: value.gather(1, order).where(kept, ids[:, -1:] if name == "input_ids" else 0)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor)
-            and value.shape == ids.shape
-            and not name.startswith(("pixel", "position"))
-        }
-        without["attention_mask"] = kept.to(real.dtype)
-        return without
+        short = {name: value for name, value in inputs.items() if not name.startswith("position")}
+        for name in [name for name in short if _by_token(inputs, name)]:
+            short[name] = inputs[name].gather(1, order).where(kept, ids[:, -1:] if name == "input_ids" else 0)
+        return {**short, "attention_mask": kept.to(real.dtype)}
 
     def beside(self, inputs: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         """Two prompts as one batch, the second shorter and padded on the left."""
@@ -540,6 +545,13 @@ class TransformersHost(PlainHost):
                 return "audio"
             return "image" if self.vocabulary.placeholders.get("image") is not None else "text"
         return super().kind_of(name, pass_)
+
+
+def _by_token(inputs: Mapping[str, Any], name: str) -> bool:
+    """Whether an argument has a number for every token of the prompt."""
+    value = inputs[name]
+    told = isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape
+    return told and not name.startswith(("pixel", "position"))
 
 
 def _features_of(output: Any) -> Any:

@@ -34,7 +34,7 @@ class Head:
 
     def __call__(self, h: Tensor, *, norm: bool = True) -> Tensor:
         for module in self.modules:
-            if norm or not _is_norm(module):
+            if norm or not is_norm(module):
                 h = module(h)
         return self.after(self.head(h if self.factor == 1 else h * self.factor))
 
@@ -76,7 +76,7 @@ def find(host: PlainHost, forward: Callable[[dict[str, Any]], Any]) -> Head:
             hooks.append(module.register_forward_pre_hook(began, with_kwargs=True))
     try:
         with torch.no_grad():
-            logits = forward(_prompt(host, head)).logits
+            logits = forward(prompt(host, head)).logits
     except (TypeError, ValueError, RuntimeError, AttributeError, KeyError) as e:
         raise _refused(model, f"a forward of words alone fails ({type(e).__name__}: {e})") from e
     finally:
@@ -100,12 +100,13 @@ def _read(host: PlainHost, head: nn.Module, h: Tensor, seen: list[list[Any]], lo
             scaled = (_ratio(logits, raw) or 1.0) if cap is None else 1.0
             found = Head(tuple(modules), head, factor, scaled, cap)
             with torch.no_grad():
-                if _close(found(h), logits):
+                if close(found(h), logits):
                     return found
     raise _refused(host.model, "what it does between its last layer and its logits is not understood")
 
 
-def _prompt(host: PlainHost, head: nn.Module) -> dict[str, Any]:
+def prompt(host: PlainHost, head: nn.Module) -> dict[str, Any]:
+    """A few words; for the decoder alone where there is an encoder. The head, or the embeddings, are as wide as it."""
     model: Any = host.model
     taken = set(host.vocabulary.special) | set(host.vocabulary.placeholders.values())
     words = [i for i in range(model.get_input_embeddings().weight.shape[0]) if i not in taken][:WORDS]
@@ -117,7 +118,7 @@ def _prompt(host: PlainHost, head: nn.Module) -> dict[str, Any]:
     return {"decoder_input_ids": ids, "encoder_outputs": BaseModelOutput(last_hidden_state=read)}
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
@@ -133,10 +134,10 @@ def _ratio(a: Tensor, b: Tensor) -> float | None:
         return 1.0
     x, y = a.double().flatten(), b.double().flatten()
     ratio = float(x @ y / (y @ y))
-    return ratio if _close(y * ratio, x, a.dtype) else None
+    return ratio if close(y * ratio, x, a.dtype) else None
 
 
-def _close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
+def close(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> bool:
     allowed = 100 * torch.finfo(dtype or b.dtype).eps * float(b.abs().max())
     return a.shape == b.shape and float((a.double() - b.double()).abs().max()) <= allowed
 
