@@ -8,7 +8,7 @@ PYTEST = -m pytest -n 2 --dist worksteal -m "$(MARK)"
 test test-slow lowest: export OMP_NUM_THREADS = 1
 test-slow: MARK = slow
 
-.PHONY: demo test test-slow lowest lint format docs bench
+.PHONY: demo test test-slow lowest lint format docs bench results results-full
 
 demo: .venv/installed
 	.venv/bin/saccade demo
@@ -35,6 +35,14 @@ docs: .venv-test/installed
 bench: .venv-test/installed
 	.venv-test/bin/python -m benchmarks.overhead
 	.venv-test/bin/python -m benchmarks.seams
+	.venv-test/bin/python -m benchmarks.harness
+
+# It says how long it takes, and goes on where it was cut off.
+results: .venv-test/installed
+	.venv-test/bin/python -m saccade.bench.published
+
+results-full: .venv-test/installed
+	.venv-test/bin/python -m saccade.bench.published --full
 
 # A release of torch that has a small CPU wheel; the newest will do where there is none.
 .venv/installed: pyproject.toml

@@ -163,16 +163,18 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
             )
         ids = torch.randint(3, 32_000, (1, 512))
 
-        def generate() -> None:
-            llama.generate(ids, max_new_tokens=24, do_sample=False)
+        def generate(rows: int = 1) -> None:
+            llama.generate(ids.expand(rows, -1), max_new_tokens=24, do_sample=False)
 
         beside: dict[str, Variant] = {
             "bare": bare,
             "Saccade, keep all of the cache": lambda: attach(llama, KeepCache(sites="text.*.self")),
             "Saccade, a branch beside": lambda: attach(llama, Beside()),
+            "bare, the same prompt twice": bare,
         }
         limits = {"Saccade, keep all of the cache": 1.05, "Saccade, a branch beside": 1.9}
-        rows += interleaved("generate 24 after 512", generate, beside, limits, max(5, rounds // 2))
+        instead = {"bare, the same prompt twice": lambda: generate(2)}
+        rows += interleaved("generate 24 after 512", generate, beside, limits, max(5, rounds // 2), instead)
     return rows, notes
 
 

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import io
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -10,11 +11,15 @@ from mkdocs.structure.files import File
 
 import saccade
 from saccade import catalog
+from saccade.bench import figures
+from saccade.bench.runner import bench
 from saccade.core import errors
+from saccade.report.markdown import table
 from saccade.world import embedded
 from saccade.world.sheet import sheet
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = "results/index.md"
 SOURCE = """
     options:
       show_root_toc_entry: false
@@ -29,6 +34,8 @@ def on_files(files, config):
     pages = {"api.md": api(), "catalogue.md": overview([e.card for e in entries])}
     pages |= {f"catalogue/{e.card.slug}.md": page(e) for e in entries}
     pages["benchmarks.md"] = benchmarks()
+    if files.get_file_from_path(RESULTS) is None:
+        pages[RESULTS] = "# Results\n\nNothing has been published yet: `make results` does."
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     for plot in BENCHMARKS.glob("results/*.svg"):
@@ -39,7 +46,10 @@ def on_files(files, config):
     return files
 
 
-def on_page_markdown(markdown, **_):
+def on_page_markdown(markdown, page, **_):
+    if page.file.src_uri == RESULTS:
+        title, found = markdown.split("\n", 1)
+        return "\n\n".join([title, *older(*outdated()), found])
     return markdown.replace("<!-- errors -->", kinds_of_errors()).replace("<!-- cards -->", cards())
 
 
@@ -77,7 +87,7 @@ def _interval(estimate) -> str:
 
 def api() -> str:
     """The public names; the methods are in the catalogue."""
-    objects = [getattr(saccade, name) for name in saccade.__all__]
+    objects = [bench if name == "bench" else getattr(saccade, name) for name in saccade.__all__]
     shown = [o for o in objects if inspect.isfunction(o) or inspect.isclass(o)]
     return "\n\n".join(
         [
@@ -117,8 +127,29 @@ def page(entry) -> str:
     if card.choices:
         parts += ["## Choices", "\n".join(f"- {choice}" for choice in card.choices)]
     parts += ["## Options", table(("option", "default", "meaning", "allowed"), options)]
+    parts += measured(card.slug)
     parts += ["## Code", f"::: {entry.module}.{entry.class_name}{SOURCE}"]
     return "\n\n".join(parts)
+
+
+def measured(slug) -> list[str]:
+    """What `make results` found of a method."""
+    if not (rows := figures.of(slug)):
+        return []
+    told = f"On {figures.published()['scenes']:,} scenes, beside the [others](../results/index.md)."
+    return ["## Measured", told, *older(slug), table(figures.HEAD, rows)]
+
+
+@cache
+def outdated() -> list[str]:
+    return figures.outdated()
+
+
+def older(*slugs) -> list[str]:
+    """What must be said of figures that are older than their code."""
+    found = ", ".join(f"`{slug}`" for slug in outdated() if slug in slugs)
+    told = f"!!! note\n    Older than their code: the figures of {found}. {figures.REMEDY}."
+    return [told] if found else []
 
 
 def benchmarks() -> str:
@@ -135,8 +166,3 @@ def benchmarks() -> str:
         told = ast.get_docstring(ast.parse((BENCHMARKS / f"{result.stem}.py").read_text()))
         parts += [f"#{title}", told, found]
     return "\n\n".join(parts)
-
-
-def table(head, rows) -> str:
-    cells = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)

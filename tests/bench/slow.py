@@ -1,21 +1,24 @@
-"""A run in a process of its own, of the model that ships, which waits before every batch: `slow.py OUT SECONDS`."""
+"""A run in a process of its own, which waits before every batch, also in its jobs: `slow.py OUT SECONDS JOBS`."""
 
 import sys
 import time
 from typing import Any
 
-from saccade import world
 from saccade.bench import runner
 from saccade.evals.asking import answers
 
+OUT, SECONDS, JOBS = sys.argv[1:]
+
+
+def waiting(*given: Any, **options: Any) -> Any:
+    print("asks", flush=True)
+    time.sleep(float(SECONDS))
+    return answers(*given, **options)
+
+
+runner.answers = waiting  # type: ignore[assignment]
+
 if __name__ == "__main__":
-    out, seconds = sys.argv[1], float(sys.argv[2])
-
-    def waiting(*given: Any, **options: Any) -> Any:
-        print("asks", flush=True)
-        time.sleep(seconds)
-        return answers(*given, **options)
-
-    runner.answers = waiting  # type: ignore[assignment]
-    models = {"world/vlm": world.load("vlm")}
-    runner.bench(models, ["fastervlm(keep=0.5)"], ["world/questions"], out, limit=2, batch=4)
+    runner.bench(
+        "world/vlm", ["fastervlm(keep=0.5)"], ["world/questions"], OUT, limit=2, batch=4, jobs=int(JOBS)
+    )

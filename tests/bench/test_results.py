@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from saccade import cli
 from saccade.bench import fingerprint
 from saccade.bench.results import CANNOT_TELL, Results, verdict
 from saccade.bench.rows import Row, Writer
+from saccade.bench.runner import bench
 from saccade.core.errors import InputError
 from saccade.evals.interval import Estimate, difference, share
 from saccade.evals.registry import embedded, task
@@ -174,11 +176,17 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     }
 
 
+def test_every_option_of_the_command_is_one_of_the_function() -> None:
+    named = set(cli.BENCH) - {"model", "with", "task"} | {"models", "stacks", "tasks"}
+    assert named | {"trust_remote_code"} == set(signature(bench).parameters)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
         ("modle: a", "did you mean model"),
         ("limit: ten", "limit is 'ten'"),
+        ("timing: 3", "timing is 3"),
         ("- a", "no options"),
         ("a: [", "read"),
     ],

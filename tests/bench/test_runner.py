@@ -45,7 +45,7 @@ def said(out: Path) -> dict[str, list[tuple[Any, ...]]]:
     """All that is no time nor version, by combination, in order of the samples."""
     return {
         fingerprint.fingerprint(about): sorted(
-            (r.id, r.question, r.truth, r.group, r.picture, r.text, r.tokens) for r in found
+            (r.id, r.question, r.truth, r.group, r.picture, r.text, r.tokens, r.cost, r.alone) for r in found
         )
         for about, found in read_all(out)
     }
@@ -83,23 +83,39 @@ def test_neither_batch_nor_repetition_changes_anything(models: Any, whole: Any, 
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_like_one_that_is_not(whole: Any, tmp_path: Path) -> None:
+def test_jobs_come_to_what_one_comes_to(whole: Any, tmp_path: Path) -> None:
+    saccade.bench(["world/vlm"], [STACK], [TASK], tmp_path, limit=2, batch=4, jobs=2)
+    assert said(tmp_path) == whole
+    with pytest.raises(saccade.SaccadeError, match=r"masactrl|MasaCtrl"):
+        saccade.bench(["world/vlm"], ["masactrl"], [TASK], tmp_path, limit=2, jobs=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("jobs", "times"), [(1, 4), (2, 1)])
+def test_a_run_that_is_killed_ends_like_one_that_is_not(
+    whole: Any, tmp_path: Path, jobs: int, times: int
+) -> None:
     rng = random.Random(0)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, str(SLOW), str(tmp_path)]
     kills = 0
-    for _ in range(4):
+    for _ in range(times):
         one = subprocess.Popen(
-            [*command, "0.2"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, "0.2", f"{jobs}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         assert one.stdout
         assert one.stdout.readline() in ("asks\n", "")
         time.sleep(rng.uniform(0, 0.9))
         one.send_signal(signal.SIGKILL)
         kills += one.wait() == -signal.SIGKILL
+        one.stdout.read()  # until its jobs have ended, for nobody listens to them
         held = {path: read(path)[1] for path in tmp_path.glob("*.jsonl")}
         assert all(len({row.id for row in found}) == len(found) for found in held.values())
-    subprocess.run([*command, "0"], env=environment, check=True, capture_output=True)
+    subprocess.run([*command, "0", f"{jobs}"], env=environment, check=True, capture_output=True)
     assert kills and said(tmp_path) == whole
 
 
@@ -144,6 +160,22 @@ def test_two_runs_in_one_folder(models: Any, tmp_path: Path) -> None:
     assert (tmp_path / rows.LOCK).exists()
     with locked(tmp_path):  # what nobody holds is no obstacle
         pass
+    with Writer(tmp_path, {"task": 1}), pytest.raises(InputError, match="Another run"):
+        Writer(tmp_path, {"task": 1})
+
+
+def test_a_name_is_checked_before_anything_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.Asked, "of", lambda *_: pytest.fail("drawn"))
+    for name in ("world/vml", "nowhere", str(tmp_path)):
+        with pytest.raises(InputError, match=r"vml|no folder|no config"):
+            saccade.bench(["world/vlm", name], [], [TASK], tmp_path)
+
+
+def test_jobs_load_models_by_name(models: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Every job loads"):
+        run(models, tmp_path, jobs=2)
+    with pytest.raises(InputError, match="0 jobs"):
+        run(models, tmp_path, jobs=0)
 
 
 def test_another_format_is_refused(models: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_tasks_of_the_world() -> None:
     assert task("world/broken/captions") == world.Captions("broken")
     assert task("world/needle in 128").max_new_tokens == 2
     known = registry.embedded()
-    assert len(known) == 2 * len(world.tasks("test")) + len(registry.writing.TASKS)
+    assert len(known) == 3 * len(world.tasks("test")) + len(registry.writing.TASKS)
     assert all(name.endswith(f"/{one.name}") for name, one in known.items())
 
 

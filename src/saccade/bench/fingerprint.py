@@ -19,7 +19,7 @@ from saccade.core.errors import InputError
 from saccade.core.system import System
 from saccade.evals.task import Sample, Task
 
-ASKING = "saccade.evals.asking"
+ASKING = ("saccade.evals.asking", "saccade.bench.costs")
 ELSEWHERE = {"_name_or_path", "transformers_version"}  # of a configuration, but not of what the model does
 
 

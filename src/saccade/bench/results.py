@@ -12,18 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saccade.bench import measured
 from saccade.bench.fingerprint import fingerprint
-from saccade.bench.rows import About, Row, read_all
+from saccade.bench.measured import CANNOT_TELL, COUNTED, NOTHING
+from saccade.bench.rows import About, Row, Timed, read_all, read_timed
 from saccade.core.errors import InputError
 from saccade.evals.interval import Estimate, bootstrap, difference
 from saccade.evals.registry import task
 from saccade.evals.task import Scores, by_picture
+from saccade.report.markdown import table
 
 LEAST = 6  # pictures that must differ: five all go one way by chance too often, 2 * 0.5**5 > 0.05
 LOWER = {"chair_i", "chair_s"}  # is better, as with every `partner beside anchor`
 NEITHER = {"yes", "assumed", "words", "spearman", "pearson", "tokens"}
 SECONDS = "seconds"  # which a batch shares, and a busy machine changes: without intervals
-CANNOT_TELL = "cannot tell"
 HEAD = ("task", "model", "stack", "samples", "score", "value", "against bare", "run")
 
 
@@ -41,9 +43,10 @@ class Figure:
     found: Estimate
     change: Estimate | None = None
     verdict: str = ""
+    note: str = ""  # why there is no value, or on which machine it was timed
 
     def cells(self) -> tuple[str, ...]:
-        change = f"{_shown(self.change, '+')} {self.verdict}" if self.change else ""
+        change = f"{_shown(self.change, '+')} {self.verdict}" if self.change else self.verdict or self.note
         return (
             self.task,
             self.model,
@@ -59,11 +62,11 @@ class Figure:
         """With a name for each."""
         same = {"task": self.task, "model": self.model, "stack": self.stack, "run": self.run}
         ends = {"value": self.found.value, "low": self.found.low, "high": self.found.high}
-        change = self.change or Estimate(math.nan, math.nan, math.nan, 0)
+        change = self.change or NOTHING
         against = {"change": change.value, "change_low": change.low, "change_high": change.high}
         numbers = {name: None if math.isnan(x) else x for name, x in (ends | against).items()}
         counts = {"samples": self.samples, "of": self.of, "score": self.score, "count": self.found.count}
-        return {**same, **counts, **numbers, "verdict": self.verdict}
+        return {**same, **counts, **numbers, "verdict": self.verdict, "note": self.note}
 
 
 class Results(list[Figure]):
@@ -78,11 +81,14 @@ class Results(list[Figure]):
             ((about, rows) for about, rows in read_all(out) if rows), key=lambda run: _order(run[0])
         )
         bare = {_partner(about): rows for about, rows in runs if not about["stack"]}
-        return cls(
-            figure
-            for about, rows in runs
-            for figure in _figures(about, rows, bare.get(_partner(about), []) if about["stack"] else [])
-        )
+        timed = {_combination(about): (about, rows) for about, rows in read_timed(out) if rows}
+        figures = cls()
+        for about, rows in runs:
+            beside = bare.get(_partner(about), [])
+            figures += _figures(about, rows, beside if about["stack"] else [])
+            if fingerprint(about) in timed:
+                figures += _timed(about, rows, beside, *timed[fingerprint(about)])
+        return figures
 
     def __repr__(self) -> str:
         return self.plain(shutil.get_terminal_size().columns) if self else "no results"
@@ -102,10 +108,7 @@ class Results(list[Figure]):
         return "\n".join(lines).lstrip("\n")
 
     def markdown(self) -> str:
-        rows = [HEAD, ("---",) * len(HEAD), *(figure.cells() for figure in self)]
-        return "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
-        )
+        return table(HEAD, (figure.cells() for figure in self))
 
     def csv(self) -> str:
         text = io.StringIO()
@@ -128,6 +131,33 @@ def _partner(about: About) -> str:
     return fingerprint([about["model"], about["task"], about["code"]["asking"]])
 
 
+def _combination(timing: About) -> str:
+    return fingerprint({key: value for key, value in timing.items() if key != "timing"})
+
+
+def _head(about: About, rows: Sequence[Row]) -> tuple[str, str, str, str, int, int]:
+    return (
+        about["task"]["name"],
+        about["model"]["name"],
+        about["written"] or "bare",
+        fingerprint(about),
+        len(rows),
+        about["task"]["samples"],
+    )
+
+
+def _timed(
+    about: About, rows: Sequence[Row], bare: Sequence[Row], timing: About, timed: Sequence[Timed]
+) -> list[Figure]:
+    own, others = ({row.id: row.cost for row in each if row.cost} for each in (rows, bare))
+    device, threads = timing["timing"]["device"], timing["timing"]["threads"]
+    machine = f"{device}, {threads} thread{'s' * (threads > 1)}"
+    return [
+        Figure(*_head(about, rows), score, one.found, one.change, one.verdict, one.note or machine)
+        for score, one in measured.timed(timed, own, others).items()
+    ]
+
+
 def _figures(about: About, rows: Sequence[Row], bare: Sequence[Row]) -> list[Figure]:
     name = about["task"]["name"]
     others = {row.id: row for row in bare}
@@ -140,33 +170,26 @@ def _figures(about: About, rows: Sequence[Row], bare: Sequence[Row]) -> list[Fig
         change = difference(own[score], base[score]) if score in own and score in base else None
         if change and math.isnan(change.value):
             change = None
-        figures.append(
-            Figure(
-                name,
-                about["model"]["name"],
-                about["written"] or "bare",
-                fingerprint(about),
-                len(rows),
-                about["task"]["samples"],
-                score,
-                found,
-                change,
-                verdict(score, change) if change else "",
-            )
-        )
+        told = verdict(score, change) if change else ""
+        note = measured.refusal(rows) if score in COUNTED else ""
+        figures.append(Figure(*_head(about, rows), score, found, change, told, note))
     return figures
 
 
 def verdict(score: str, change: Estimate) -> str:
     """In words, as far as an interval of 95% tells it, and the pictures that differ."""
-    if score == SECONDS:
+    if score in (SECONDS, *COUNTED):
         return ""
     if change.count < LEAST or not (change.low > 0 or change.high < 0):
         return CANNOT_TELL
     if score in NEITHER:
         return "more" if change.low > 0 else "less"
-    lower = score in LOWER or " beside " in score
-    return "better" if (change.high < 0) == lower else "worse"
+    return "better" if (change.high < 0) == lower(score) else "worse"
+
+
+def lower(score: str) -> bool:
+    """Whether less of it is better."""
+    return score in LOWER or " beside " in score
 
 
 def _scores(name: str, rows: Sequence[Row]) -> Scores:
@@ -175,7 +198,7 @@ def _scores(name: str, rows: Sequence[Row]) -> Scores:
     took = {row.id: row.tokens for row in rows}
     tokens = bootstrap(by_picture(said, lambda s, _: [took[s.id], 1]), lambda t: t[..., 0] / t[..., 1])
     seconds = Estimate(sum(row.seconds for row in rows) / len(rows), math.nan, math.nan, len(rows))
-    return task(name).score(said) | {SECONDS: seconds, "tokens": tokens}
+    return task(name).score(said) | {SECONDS: seconds, "tokens": tokens} | measured.counted(rows)
 
 
 def _shown(e: Estimate, sign: str = "") -> str:

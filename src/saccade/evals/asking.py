@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -10,12 +11,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 
+from saccade.core.driver import Driver
 from saccade.core.errors import InputError
 from saccade.core.method import Method
-from saccade.core.question import Answer, pictures_of, prepare_batch, written
+from saccade.core.question import Answer, Question, pictures_of, prepare_batch, written
 from saccade.core.samples import to_model
-from saccade.core.session import attach
+from saccade.core.session import Session, attach
 from saccade.evals.task import Sample
 
 
@@ -27,6 +30,7 @@ def answers(
     *,
     batch: int = 64,
     max_new_tokens: int = 64,
+    min_new_tokens: int | None = None,
     title: str = "",
 ) -> list[Answer]:
     """What the model says to every sample, greedily, with the methods at work. Earlier questions of a sample are
@@ -45,11 +49,16 @@ def answers(
                 images = [pictures_of(samples[i].images) for i in some]
                 texts = [written(processor, len(images[0]), asked[i][turn], talks[i]) for i in some]
                 inputs = prepare_batch(processor, images, texts)
-                said = _generated(model, processor, inputs, max_new_tokens)
+                said = generated(model, processor, inputs, max_new_tokens, min_new_tokens)
                 for i, text in zip(some, said, strict=True):
                     talks[i].append((asked[i][turn], text))
                 progress.update(len(some))
     return [talk[-1][1] for talk in talks]
+
+
+def driven(session: Session, driver: Driver, processor: Any, sample: Sample, max_new_tokens: int) -> Answer:
+    images, options = pictures_of(sample.images), {"max_new_tokens": max_new_tokens}
+    return session.run(driver, Question(processor, images, sample.question, options))
 
 
 def _batches(
@@ -66,10 +75,18 @@ def _batches(
         yield from (group[at : at + size] for at in range(0, len(group), size))
 
 
-def _generated(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> list[Answer]:
+def generated(
+    model: Any, processor: Any, inputs: Any, max_new_tokens: int, min_new_tokens: int | None = None
+) -> list[Answer]:
     given = {name: to_model(model, value) for name, value in inputs.items()}
-    start = time.perf_counter()
-    made = model.generate(**given, do_sample=False, max_new_tokens=max_new_tokens)
+    first, start = _First(), time.perf_counter()
+    made = model.generate(
+        **given,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        stopping_criteria=StoppingCriteriaList([first]),
+    )
     ids = getattr(made, "sequences", made)
     begun = 1 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
     lengths = _lengths(model, ids[:, begun:])
@@ -79,9 +96,22 @@ def _generated(model: Any, processor: Any, inputs: Any, max_new_tokens: int) -> 
     found = []
     for text, tokens in zip(tokenizer.batch_decode(said, skip_special_tokens=True), lengths, strict=True):
         answer = Answer(text.strip())
-        answer.seconds, answer.tokens = seconds, tokens
+        answer.seconds, answer.first, answer.tokens = seconds, first.at - start, tokens
         found.append(answer)
     return found
+
+
+class _First(StoppingCriteria):
+    """Sees when the first token is there, and stops nothing."""
+
+    at = math.nan
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if math.isnan(self.at):
+            if input_ids.device.type != "cpu":
+                torch.accelerator.synchronize(input_ids.device)
+            self.at = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _lengths(model: Any, said: torch.Tensor) -> list[int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import nan, sqrt
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike
 Z = 1.959964  # of the normal distribution, two sides of 2.5%
 DRAWS = 2000
 BLOCK = 100  # draws at a time, for memory
+FEW = 2000  # pictures, whose draws are kept
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,22 @@ class Draws:
 
     def values(self) -> np.ndarray:
         pictures = len(self.totals)
-        rng = np.random.default_rng(self.seed)
+        drawn = _kept(pictures, self.seed) if pictures <= FEW else _drawn(pictures, self.seed)
         with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = [
-                self.statistic(
-                    rng.multinomial(pictures, np.full(pictures, 1 / pictures), BLOCK) @ self.totals
-                )
-                for _ in range(DRAWS // BLOCK)
-            ]
-        return np.concatenate(drawn)
+            return np.concatenate([self.statistic(block @ self.totals) for block in drawn])
+
+
+def _drawn(pictures: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each picture is drawn, (draws, pictures) by blocks."""
+    rng = np.random.default_rng(seed)
+    for _ in range(DRAWS // BLOCK):
+        yield rng.multinomial(pictures, np.full(pictures, 1 / pictures), BLOCK).astype(np.float64)
+
+
+@lru_cache(2)
+def _kept(pictures: int, seed: int) -> list[np.ndarray]:
+    """For the next score of as many."""
+    return [*_drawn(pictures, seed)]
 
 
 @dataclass(frozen=True)

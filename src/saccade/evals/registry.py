@@ -1,7 +1,8 @@
 """Tasks by name.
 
-world/NAME           of the embedded world: world/pope-adversarial
-world/broken/NAME    of its scenes whose co-occurrence is broken
+world/NAME                of the embedded world: world/pope-adversarial
+world/broken/NAME         of its scenes whose co-occurrence is broken
+world/calibration/NAME    of its scenes on which constants are chosen
 BENCHMARK:PATH,option=value,...    of files that you have, whose paths are without commas
 
 pope:coco_pope_random.json,images=val2014
@@ -47,7 +48,22 @@ def task(name: str) -> Task:
 
 def embedded() -> dict[str, Task]:
     natural = {f"world/{one.name}": one for one in (*world.tasks(world.NATURAL), *writing.TASKS)}
-    return natural | {f"world/broken/{one.name}": one for one in world.tasks(world.BROKEN)}
+    others = (world.BROKEN, world.CALIBRATION)
+    return natural | {f"world/{split}/{one.name}": one for split in others for one in world.tasks(split)}
+
+
+def for_choosing(name: str) -> str:
+    """The same task on a split from which no result is told."""
+    found = task(name)
+    chosen = f"world/{world.CALIBRATION}/{found.name}"
+    if name in embedded() and chosen in embedded():
+        return chosen
+    if isinstance(found, ScienceQa) and found.split != "test":
+        return name
+    raise InputError(
+        f"{name} has no split to choose on: a constant that is chosen on what is measured flatters.",
+        f"choose on one of world/{world.CALIBRATION}/..., or on scienceqa:...,split=val",
+    )
 
 
 def _of_file(slug: str, written: str) -> Task:

@@ -26,6 +26,11 @@ def colours(strength: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(strength, at, stops[:, i]) for i in range(3)], -1)
 
 
+def veil(strength: np.ndarray) -> np.ndarray:
+    """How much of a picture the colours cover."""
+    return VEIL * strength**0.85
+
+
 def enlarged(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A heat map at another `size` (width, height), without corners."""
     smooth = Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
@@ -39,8 +44,8 @@ def blend(picture: Image.Image, heat: np.ndarray, top: float | None = None) -> I
     pixels = np.asarray(picture.convert("RGB"), float)
     grey = pixels.mean(-1, keepdims=True)
     faint = 0.65 * (0.5 * pixels + 0.5 * grey) + 20
-    veil = VEIL * strength[..., None] ** 0.85
-    return Image.fromarray((faint * (1 - veil) + colours(strength) * veil).round().astype(np.uint8))
+    cover = veil(strength)[..., None]
+    return Image.fromarray((faint * (1 - cover) + colours(strength) * cover).round().astype(np.uint8))
 
 
 def overlay(
