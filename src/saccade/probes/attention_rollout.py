@@ -56,7 +56,7 @@ class AttentionRollout(Method):
                 f"{call.site.name} stands beside the layers and cannot be followed through them.",
                 f"narrow with sites='{call.site.tower}.:.self'",
             )
-        w = call.weights(heads=self.heads).mean(1)  # (batch, tokens, tokens)
+        w = call.weights(heads=self.heads_at(call.site)).mean(1)  # (batch, tokens, tokens)
         calls = call.run.state.setdefault(call.site.tower, {}).setdefault(call.site.index, [])
         calls.append(with_residual(w))
 
