@@ -22,7 +22,7 @@ from .towers import (
     HEADS,
     PICTURES,
     attention,
-    best,
+    best_of_tiles,
     inputs_of,
     kept,
     layer_of,
@@ -39,14 +39,8 @@ NAMES = tuple(PICTURES)
 
 def chosen(name: str, model: Any, inputs: Inputs, keep: float) -> list[list[int]]:
     """By hand: of every tile the largest, and the separators."""
-    found = []
-    for values, tile in zip(scores(name, model, inputs), tiles(name), strict=True):
-        stays = [i for i, t in enumerate(tile) if t < 0]
-        for number in set(tile) - {-1}:
-            mine = [i for i, t in enumerate(tile) if t == number]
-            stays += [mine[i] for i in best([values[i] for i in mine], max(1, round(keep * len(mine))))]
-        found.append(sorted(stays))
-    return found
+    pictures = zip(scores(name, model, inputs), tiles(name), strict=True)
+    return [best_of_tiles(values, tile, keep) for values, tile in pictures]
 
 
 # ---- what stays -----------------------------------------------------------------------------------------

@@ -33,18 +33,22 @@ def inputs_of(name: str, images: tuple[int, ...] = (1, 2)) -> Inputs:
     return cast(family(name).inputs(images=images), DOUBLE)
 
 
-def layer_of(name: str, model: Any) -> nn.Module:
-    """The one whose output is given to the text."""
+def layers_of(name: str, model: Any) -> list[nn.Module]:
+    """Up to the one whose output is given to the text."""
     if name == "qwen2_5_vl":
-        return model.model.visual.blocks[-1].attn
-    layers = model.model.vision_tower.encoder.layers
-    return layers[-1 if name == "gemma3" else -2].self_attn
+        return [block.attn for block in model.model.visual.blocks]
+    layers = [layer.self_attn for layer in model.model.vision_tower.encoder.layers]
+    return layers if name == "gemma3" else layers[:-1]
+
+
+def layer_of(name: str, model: Any) -> nn.Module:
+    return layers_of(name, model)[-1]
 
 
 @torch.no_grad()
-def attention(name: str, model: Any, inputs: Inputs) -> list[Tensor]:
+def attention(name: str, model: Any, inputs: Inputs, layer: int = -1) -> list[Tensor]:
     """Weights, mean over heads, of every tile or window: (tokens, tokens)."""
-    module = layer_of(name, model)
+    module = layers_of(name, model)[layer]
     seen: dict[str, Any] = {}
     parts = ["qkv"] if name == "qwen2_5_vl" else ["q_proj", "k_proj"]
 
@@ -69,10 +73,15 @@ def attention(name: str, model: Any, inputs: Inputs) -> list[Tensor]:
     return [(q[:, a:b] @ k[:, a:b].mT / DIM**0.5).softmax(-1).mean(0) for a, b in windows]
 
 
-def scores(name: str, model: Any, inputs: Inputs) -> list[list[float | None]]:
-    """Of every picture's features; None for separators."""
-    w = attention(name, model, inputs)
+def scores(name: str, model: Any, inputs: Inputs, layer: int = -1) -> list[list[float | None]]:
+    """What the tower's own attention says of every picture's features."""
+    w = attention(name, model, inputs, layer)
     of_token = torch.cat([m[0] if name in ("llava", "llava_next") else m.sum(0) for m in w]).tolist()
+    return of_features(name, of_token)
+
+
+def of_features(name: str, of_token: list[float]) -> list[list[float | None]]:
+    """Of every picture's features the means of the tokens that they are made of; None for separators."""
     of_feature = [sum(of_token[t] for t in made) / len(made) if made else None for made in BY_HAND[name]()]
     found = []
     for count in PICTURES[name]:
@@ -91,6 +100,15 @@ def tiles(name: str) -> list[list[int]]:
 def best(values: list[float | None], count: int) -> list[int]:
     known = [i for i, v in enumerate(values) if v is not None]
     return sorted(sorted(known, key=lambda i: -values[i])[:count])  # type: ignore[operator]
+
+
+def best_of_tiles(values: list[float | None], tile: list[int], keep: float) -> list[int]:
+    """Of every tile the share with the largest values, and the separators."""
+    stays = [i for i, t in enumerate(tile) if t < 0]
+    for number in set(tile) - {-1}:
+        mine = [i for i, t in enumerate(tile) if t == number]
+        stays += [mine[i] for i in best([values[i] for i in mine], max(1, round(keep * len(mine))))]
+    return sorted(stays)
 
 
 def kept(name: str, model: Any, inputs: Inputs, *methods: Method) -> list[list[int]]:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from saccade.core.call import AttentionCall
 from saccade.core.card import Card
-from saccade.core.errors import InputError
 from saccade.core.features import Item
-from saccade.core.importance import tower_attention
+from saccade.core.importance import note, noted, tower_attention
 from saccade.core.method import Method, Sites, option
 from saccade.core.tokens import Tokens
 from saccade.reduction._parts.choice import top_of_each
@@ -53,16 +52,10 @@ class FasterVLM(Method):
 
     def observe(self, call: AttentionCall) -> None:
         if call.site.index == call.run.feature_layer:
-            call.run.state["site"] = call.site
-            call.run.state.setdefault("scores", []).append(tower_attention(call))
+            note(call, tower_attention(call))
 
     def features(self, item: Item) -> Tokens | None:
         if self.keep == 1:
             return None
-        if "site" not in item.run.state:
-            raise InputError(
-                f"No attention was seen in the tower that made these {item.kind} features.",
-                "let sites= name the tower's attention, as in sites={observe: video.*.self}",
-            )
-        scores, tile = item.from_tower(item.run.state["site"], item.run.state["scores"])
+        scores, tile = noted(item)
         return Tokens(top_of_each(scores, tile, self.keep), positions="renumber")

@@ -25,7 +25,9 @@ from saccade.core.card import Card
 from saccade.core.errors import InputError, OptionError
 from saccade.core.method import Method, Sites, option
 from saccade.core.session import Session, attach
+from saccade.reduction._parts.cache import slots
 from saccade.reduction._parts.choice import highest
+from saccade.reduction._parts.prompt import check_whole
 
 KERNEL = 5
 SLIVER = 0.1  # of a side
@@ -79,11 +81,7 @@ class SparseMM(Method):
             )
 
     def evict(self, call: AttentionCall, cache: TrackedLayer) -> Tensor | None:
-        if not call.pass_.complete:
-            raise InputError(
-                "SparseMM judges by the last queries of the prompt, and the prompt comes in pieces.",
-                "generate without prefill_chunk_size",
-            )
+        check_whole(call)
         heads = call.k.shape[1]
         there = call.columns("all")[:, :, 0]  # (batch, 1 or heads, keys)
         there = there[:, :: call.groups if there.shape[1] > 1 else 1].expand(-1, heads, -1)
@@ -193,10 +191,3 @@ def budgets(scores: Tensor, budget: int, window: int, share: float) -> Tensor:
     floor = int(base * share)
     rest = (base - floor) * scores.numel()
     return window + torch.round(scores / scores.sum() * rest + floor).long()
-
-
-def slots(keep: Tensor) -> Tensor:
-    """Indices of what stays (..., kept), in order, -1 on the left of those that keep fewer."""
-    most = int(keep.sum(-1).max())
-    index = keep.long().sort(dim=-1, stable=True).indices[..., -most:]
-    return torch.where(keep.gather(-1, index), index, -1)

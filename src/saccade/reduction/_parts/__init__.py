@@ -1,1 +1,1 @@
-"""What the reductions are made of: importance, budget, choice."""
+"""What the reductions are made of: importance, budget, choice, and what stands around them."""

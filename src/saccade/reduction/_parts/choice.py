@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,13 +15,18 @@ def top(scores: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def top_of_each(scores: Tensor, group: Tensor, keep: float) -> Tensor:
-    """The highest share `keep` of every group, at least one; tokens of no group (-1) stay: (tokens,), bool."""
+def of_each(group: Tensor, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """What `pick` says (bool) of the tokens (indices) of every group; those of no group (-1) stay: (tokens,), bool."""
     chosen = group < 0
     for number in group[group >= 0].unique().tolist():
         mine = (group == number).nonzero()[:, 0]
-        chosen[mine[top(scores[mine], max(1, round(keep * len(mine))))]] = True
+        chosen[mine[pick(mine)]] = True
     return chosen
+
+
+def top_of_each(scores: Tensor, group: Tensor, keep: float) -> Tensor:
+    """The highest share `keep` of every group, at least one; tokens of no group (-1) stay: (tokens,), bool."""
+    return of_each(group, lambda mine: top(scores[mine], max(1, round(keep * len(mine)))))
 
 
 def highest(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
