@@ -8,24 +8,22 @@ The second prompt is the same, its picture being the k outliers only; it is foll
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.branch import Branch
 from saccade.core.call import AttentionCall
 from saccade.core.card import Card
-from saccade.core.errors import InputError
 from saccade.core.features import Item
-from saccade.core.importance import tower_attention
+from saccade.core.importance import note, noted, tower_attention
 from saccade.core.method import Method, option
 from saccade.core.passes import Pass, Run
 from saccade.core.tokens import Tokens
 from saccade.steering._parts.contrast import contrast, plausible
+from saccade.steering._parts.prompts import with_pictures
 
 
 @dataclass(eq=False)
@@ -57,38 +55,15 @@ class DAMRO(Method):
     k: float = option(10 / 576, "outliers: a share of the patches, or from 1 on their number", low=0)
 
     def branches(self, run: Run) -> Iterable[Branch]:
-        inputs = self._with_pictures(run)
+        inputs = with_pictures(run)
         if inputs is None:  # nothing but words
             return []
         return [Branch(inputs, methods=(Outliers(self.k, sites={"observe": "vision.*.self"}),))]
-
-    def _with_pictures(self, run: Run) -> Mapping[str, Any] | None:
-        """The prompt's inputs; in a later turn with the pictures of an earlier one."""
-        assert run.last is not None
-        state, ids = run.last.sequence.state_of(self), run.inputs["input_ids"]
-        if any(name.startswith("pixel_values") for name in run.inputs):
-            words = ("input_ids", "attention_mask", "position_ids")
-            given = {n: v for n, v in run.inputs.items() if isinstance(v, Tensor) and n not in words}
-            state["seen"] = Seen(ids.shape, given)
-        seen = state.get("seen")
-        if seen is None:
-            return None
-        more = ids.shape[1] - seen.shape[1]  # words, which are no pictures
-        marked = {n: F.pad(v, (0, more)) if v.shape == seen.shape else v for n, v in seen.pictures.items()}
-        return {**marked, **run.inputs}
 
     def prediction(self, base: Tensor, branches: list[Tensor], p: Pass) -> Tensor:
         if not branches:
             return base
         return plausible(contrast(base, branches[0], self.alpha), base, self.beta)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A prompt's pictures, kept for the conversation; beams do not change them."""
-
-    shape: torch.Size  # of its ids
-    pictures: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -99,15 +74,10 @@ class Outliers(Method):
 
     def observe(self, call: AttentionCall) -> None:
         if call.site.index == call.run.feature_layer:
-            call.run.state["site"] = call.site
-            call.run.state.setdefault("scores", []).append(tower_attention(call))
+            note(call, tower_attention(call))
 
     def features(self, item: Item) -> Tokens:
-        if "site" not in item.run.state:
-            raise InputError(
-                f"No attention was seen in the tower that made these {item.kind} features.", "use a picture"
-            )
-        scores, _ = item.from_tower(item.run.state["site"], item.run.state["scores"])
+        scores, _ = noted(item)
         patches = int(scores.isfinite().sum())
         scores = scores.nan_to_num(-torch.inf)  # separators come last
         count = max(1, round(self.k * patches)) if self.k < 1 else min(int(self.k), len(scores))

@@ -21,6 +21,7 @@ from saccade.core.call import AttentionCall
 from saccade.core.card import Card
 from saccade.core.method import Method, Sites, option
 from saccade.core.passes import HiddenCall
+from saccade.steering._parts.rules import redistribute
 
 
 @dataclass(eq=False)
@@ -85,10 +86,7 @@ class VAR(Method):
         chosen = (
             (total >= self.least)
             & (on_useful >= self.rho * total)
-            & (on_useful > 0)
             & (image & sinks).any(-1, keepdim=True)
             & call.rows("after_image")
         )
-        freed = (1 - self.p) * (w * sinks).sum(-1, keepdim=True)
-        moved = torch.where(sinks, self.p * w, w) + torch.where(useful, freed * w / on_useful, 0)
-        return torch.where(chosen, moved, w)
+        return torch.where(chosen, redistribute(w, sinks, useful, self.p), w)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from saccade.core.call import AttentionCall, take_rows
 from saccade.core.card import Card
-from saccade.core.errors import InputError
 from saccade.core.method import Method, Sites, option
 from saccade.core.passes import Run
+from saccade.steering._parts.prompts import without_pictures
 
 
 @dataclass(eq=False)
@@ -59,13 +59,8 @@ class VHR(Method):
     def _chosen(self, run: Run) -> Mapping[int | None, Tensor]:
         """Of every layer, by one pass beside the prompt's: (samples, heads)."""
         if "chosen" not in run.state:
-            without = run.without_images()
-            if without["input_ids"].shape == run.inputs["input_ids"].shape:
-                raise InputError(
-                    "VHR compares a prompt with and without its picture: it has none.", "add one"
-                )
             measure = Measure(alpha=self.alpha, sites=self.sites)
-            run.forward(run.beside(without), [measure], last_only=True)
+            run.forward(run.beside(without_pictures(run)), [measure], last_only=True)
             run.state.update(chosen=measure.chosen, vhd=measure.vhd)
         return run.state["chosen"]
 

@@ -31,11 +31,11 @@ from saccade.core.card import Card
 from saccade.core.driver import Driver
 from saccade.core.errors import InputError
 from saccade.core.geometry import cells, covered, on_picture
-from saccade.core.method import Method
 from saccade.core.question import Answer, Question
 from saccade.core.session import Session
 from saccade.core.site import match
 from saccade.core.system import option
+from saccade.steering._parts.watch import Watch
 
 Box = tuple[int, int, int, int]
 ANY_SIZE = 224  # the window where the encoder takes pictures of any size
@@ -140,8 +140,8 @@ class ViCrop(Driver):
         self, session: Session, question: Question, picture: Image.Image, text: str
     ) -> tuple[Tensor, Tensor]:
         """Of every layer, as a grid over the picture (layers, rows, columns); and which see all of it."""
-        words = Watch(sites=self.sites, rows="last")
-        queries = [Watch(sites=between)] if (between := _queries(session)) else []
+        words = Looks(sites=self.sites, rows="last")
+        queries = [Looks(sites=between)] if (between := _queries(session)) else []
         inputs = question.inputs(session.model, [picture], text)
         out = session.forward(inputs, [words, *queries], grad=self.map == "grad")
         seen = [w for watch in (words, *queries) for w in watch.seen]
@@ -178,18 +178,14 @@ class ViCrop(Driver):
 
 
 @dataclass(eq=False)
-class Watch(Method):
-    """The weights of one call, on the graph where there is one."""
+class Looks(Watch):
+    """And which of the keys show a picture."""
 
-    seen: list[Tensor] = field(default_factory=list)  # (batch, heads, rows, keys)
-    columns: list[Tensor] = field(default_factory=list)  # (keys,), which show a picture
+    columns: list[Tensor] = field(default_factory=list)  # (keys,)
 
     def weights(self, call: AttentionCall, w: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not w.requires_grad:
-            w.requires_grad_()
-        self.seen.append(w)
         self.columns.append(call.columns("image")[0, 0, 0])
-        return w
+        return super().weights(call, w)
 
 
 def ratio(above: Tensor, below: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.core.card import Card
-from saccade.core.errors import InputError
 from saccade.core.method import Method, Sites, option
 from saccade.core.passes import HiddenCall, Pass, Run
 from saccade.core.site import layers
+from saccade.steering._parts.prompts import without_pictures
 
 
 @dataclass(eq=False)
@@ -83,13 +83,8 @@ class VISTA(Method):
     def _vectors(self, run: Run) -> Mapping[int, Tensor]:
         """Of every layer, by one pass beside the prompt's: (samples, width)."""
         if "vectors" not in run.state:
-            without = run.without_images()
-            if without["input_ids"].shape == run.inputs["input_ids"].shape:
-                raise InputError(
-                    "VISTA compares a prompt with and without its picture: it has none.", "add one"
-                )
             measure = Measure()
-            run.forward(run.beside(without), [measure], last_only=True)
+            run.forward(run.beside(without_pictures(run)), [measure], last_only=True)
             run.state["vectors"] = measure.vectors
         return run.state["vectors"]
 

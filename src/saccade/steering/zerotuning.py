@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from saccade.core.card import Card
 from saccade.core.errors import OptionError
 from saccade.core.method import Method, Sites, option
 from saccade.core.session import Session
+from saccade.steering._parts.profiling import heads_of, one_by_one, score
 
 GAMMAS = (0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -70,8 +71,8 @@ class ZeroTuning(Method):
         count = call.q.shape[1]
         if self.calibrated:
             return call.run.calibration()["heads"][call.site.layer].to(call.q.device)
-        chosen = torch.zeros(count, dtype=torch.bool, device=call.q.device)
-        chosen[list(range(count) if self.heads is None else self.heads)] = True
+        chosen, heads = torch.zeros(count, dtype=torch.bool, device=call.q.device), self.heads_at(call.site)
+        chosen[list(range(count) if heads is None else heads)] = True
         return chosen
 
     def calibrate(self, session: Session, samples: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -81,16 +82,11 @@ class ZeroTuning(Method):
         grid that contains 1.
         """
         batches = [dict(sample) for sample in samples]
-        seen = Heads(sites=self.sites)
-        _score(session, batches[:1], [seen])
-        counts = seen.counts
-        layers, most = max(counts) + 1, max(counts.values())
-        effect = torch.zeros(layers, most, 2)
-        for layer, count in counts.items():
-            for head in range(count):
-                one = replace(self, sites=f"text.{layer}.self", heads=(head,), calibrated=False)
-                up, down = (_score(session, batches, [replace(one, gamma=gamma)]) for gamma in (2.0, 0.5))
-                effect[layer, head] = torch.tensor(up) - torch.tensor(down)
+        counts = heads_of(session, batches[0], self)
+        effect = torch.zeros(max(counts) + 1, max(counts.values()), 2)
+        for layer, head, one in one_by_one(self, counts):
+            up, down = (score(session, batches, [replace(one, gamma=gamma)]) for gamma in (2.0, 0.5))
+            effect[layer, head] = torch.tensor(up) - torch.tensor(down)
         lean = torch.where(effect[..., 0] != 0, effect[..., 0], effect[..., 1])
         keep_up = (lean > 0).sum() >= (lean < 0).sum()
         heads = lean > 0 if keep_up else lean < 0
@@ -100,31 +96,5 @@ class ZeroTuning(Method):
             here = replace(self, gamma=gamma, calibrated=False)
             return [replace(here, sites=f"text.{layer}.self", heads=h) for layer, h in chosen.items() if h]
 
-        best = max(GAMMAS, key=lambda gamma: (_score(session, batches, tuned(gamma)), -abs(math.log(gamma))))
+        best = max(GAMMAS, key=lambda gamma: (score(session, batches, tuned(gamma)), -abs(math.log(gamma))))
         return {"heads": heads, "gamma": torch.tensor(best), "effect": effect}
-
-
-@dataclass(eq=False)
-class Heads(Method):
-    """How many heads every layer has."""
-
-    counts: dict[int, int] = field(default_factory=dict)
-
-    def observe(self, call: AttentionCall) -> None:
-        self.counts[call.site.layer] = call.q.shape[1]
-
-
-@torch.no_grad()
-def _score(session: Session, batches: list[dict[str, Any]], methods: list[Method]) -> tuple[float, float]:
-    """Accuracy and mean probability of the answers; without answers, 0 and minus the mean entropy."""
-    right = sure = total = 0.0
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "answer"}
-        p = session.forward(inputs, methods).logits[:, -1].float().softmax(-1)
-        total += p.shape[0]
-        if (answer := batch.get("answer")) is None:
-            sure -= float(torch.special.entr(p).sum())
-            continue
-        right += float((p.argmax(-1) == answer).sum())
-        sure += float(p.gather(1, answer[:, None]).sum())
-    return right / total, sure / total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def contrast(base: Tensor, other: Tensor, alpha: float) -> Tensor:
+def contrast(base: Tensor, other: Tensor, alpha: float | Tensor) -> Tensor:
     """(1 + alpha) * base - alpha * other, logits (batch, vocabulary)."""
     return (1 + alpha) * base - alpha * other
 
