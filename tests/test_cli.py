@@ -3,8 +3,11 @@
 import json
 import os
 import shlex
+import struct
 import subprocess
 import sys
+import zlib
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 
 from saccade import catalog, cli, stack
 from saccade.core.errors import SaccadeError
+from saccade.core.question import Answer
 from saccade.stack import load
 
 DIM = '''"""Dim the sink, over a line that is so long that it has to be folded on a terminal.
@@ -157,6 +161,13 @@ def test_wrong_usage_leaves_with_two(argv, capsys):
     assert "usage: saccade" in capsys.readouterr().err
 
 
+@dataclass
+class Found:
+    """What a probe tells."""
+
+    layers: int
+
+
 @pytest.fixture
 def looking(monkeypatch, tmp_path):
     """Stands in for what runs a model, and keeps what it was asked."""
@@ -164,17 +175,26 @@ def looking(monkeypatch, tmp_path):
 
     def answer(model, processor, image, question, stack=None, max_new_tokens=64):
         asked.append((model, image.size, image.mode, question, str(stack)))
-        return "A cup." if stack else "A cat and a table."
+        said = Answer("A cup." if stack else "A cat and a table.")
+        said.found = {"boxes": [1, 2], "flow": Found(3)}
+        return said
 
     recording = SimpleNamespace(
         plain=lambda word=None, width=0, colour=False: f"[picture {width} of {word or 'all'}]",
         answer=lambda: "A cat and a table.",
         save=lambda path: asked.append(("save", path)),
         overlay=lambda word: SimpleNamespace(save=lambda path: asked.append((f"overlay of {word}", path))),
+        page=lambda beside, word: f"<page of {word}{' beside another' if beside else ''}>",
     )
+
+    def look(model, processor, images, question, stack=None, rows="generated"):
+        asked.append((len(images), rows))
+        answer(model, processor, images[0], question, stack)
+        return recording
+
     fake = SimpleNamespace(
         ask=answer,
-        look=lambda *args, **kwargs: answer(*args, **kwargs) and recording,
+        look=look,
         load_model=lambda name, **flags: ((name, *flags.values()), "processor"),
         asked=asked,
     )
@@ -188,9 +208,9 @@ def looking(monkeypatch, tmp_path):
 
 
 def test_ask(run, looking):
-    assert run("ask", "cup.jpg", "What?")[1] == "A cat and a table.\n"
+    assert run("ask", "cup.jpg", "What?")[1] == "A cat and a table.\n\nFound(layers=3)\n"
     flags = ("--model", "m", "--dtype", "bfloat16", "--device", "cpu", "--trust-remote-code")
-    assert run("ask", "cup.jpg", "What?", "--with", "dim(p=0.4)", *flags)[1] == "A cup.\n"
+    assert run("ask", "cup.jpg", "What?", "--with", "dim(p=0.4)", *flags)[1].startswith("A cup.\n")
     assert looking.asked == [
         (("world/vlm", None, None, False), (4, 6), "RGB", "What?", "None"),
         (("m", "bfloat16", "cpu", True), (4, 6), "RGB", "What?", "dim(p=0.4)"),
@@ -211,9 +231,23 @@ def test_look_draws_or_writes(run, looking):
     drawn = run("look", "cup.jpg", "--ask", "What?", "--plain", "-o", "r.safetensors")[1]
     assert drawn == "[picture 80 of all]\n"
     assert [a for a in looking.asked if len(a) == 2] == [
+        (1, "generated"),
+        (1, "generated"),
         ("overlay of cat", "seen.png"),
+        (1, "generated"),
         ("save", "r.safetensors"),
     ]
+
+
+def test_look_writes_a_page(run, looking, tmp_path):
+    page = tmp_path / "look.html"
+    said = run("look", "cup.jpg", "cup.jpg", "--ask", "What?", "--word", "cat", "-o", "look.html")[1]
+    assert said == "A cat and a table.\n" and page.read_text() == "<page of cat>"
+    assert looking.asked[0] == (2, "after_image")
+    run("look", "cup.jpg", "--ask", "What?", "--with", "dim", "-o", "look.html")
+    assert page.read_text() == "<page of None beside another>"
+    assert [a[-1] for a in looking.asked if len(a) == 5] == ["None", "dim", "None"]
+    assert run("look", "cup.jpg", "--ask", "What?", "-o", "no/look.html")[0] == 2
 
 
 @pytest.mark.parametrize(
@@ -222,6 +256,8 @@ def test_look_draws_or_writes(run, looking):
         (("ask", "none.jpg", "What?"), "none.jpg"),
         (("ask", "text.jpg", "What?"), "cannot be read"),
         (("ask", "half.png", "What?"), "cannot be read"),
+        (("look", "huge.png", "--ask", "What?"), "huge.png is too large a picture"),
+        (("look", "cup.jpg", "none.jpg", "--ask", "What?"), "none.jpg"),
         (("ask", "cup.jpg", "What?", "--with", "dimm"), "did you mean dim?"),
         (("ask", "cup.jpg", "What?", "--with", ""), "the stack ends"),
         (("look", "cup.jpg", "--ask", "What?", "-o", "seen.xyz"), "seen.xyz"),
@@ -231,6 +267,10 @@ def test_bad_input_is_refused_before_a_model_is_loaded(run, looking, tmp_path, a
     (tmp_path / "text.jpg").write_text("not a picture")
     Image.effect_noise((64, 64), 50).save(tmp_path / "half.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:500])
+    huge = bytearray((tmp_path / "half.png").read_bytes())
+    huge[16:24] = struct.pack(">II", 10_000, 9_000)  # of 90 megapixels, says its head
+    huge[29:33] = struct.pack(">I", zlib.crc32(huge[12:29]))
+    (tmp_path / "huge.png").write_bytes(huge)
     looking.load_model = None
     code, _, err = run(*argv)
     assert code == 2

@@ -88,6 +88,14 @@ def test_a_word_that_begins_the_text_has_one_begin_of_text() -> None:
     assert (bare == 1).sum() == 1
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_prompt_without_a_place_for_the_picture_is_refused(name: str) -> None:
+    processor = family(name).processor()
+    processor.chat_template = None
+    with pytest.raises(InputError, match="no place for the picture"):
+        looking.look(shared(name), processor, picture(), QUESTION)
+
+
 def test_a_stack_is_at_work_and_is_told() -> None:
     model, processor = shared("llava"), family("llava").processor()
     options = {"max_new_tokens": 6, "min_new_tokens": 6}
@@ -100,6 +108,7 @@ def test_a_stack_is_at_work_and_is_told() -> None:
     seen = looking.look(model, processor, picture(), QUESTION, stack, dtype="float32", **options)
     first = [r.map().tensor[:, :, 0, 0].mean() for r in (bare, seen)]
     assert first[1] > 2 * first[0]
+    assert (bare.stack, seen.stack) == ("", str(stack))
 
 
 def test_what_is_no_picture_is_refused() -> None:

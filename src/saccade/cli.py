@@ -10,6 +10,8 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from saccade.catalog import Entry, Option
+    from saccade.core.question import Answer
+    from saccade.core.record import Recording
     from saccade.stack import Stack
 
 WIDEST = 100
@@ -32,9 +36,18 @@ BENCH = {
     "limit": None,
     "seed": 0,
     "batch": 32,
+    "jobs": 1,
+    "timing": False,
     "dtype": None,
     "device": None,
 }
+KINDS = {
+    "limit": int,
+    "seed": int,
+    "batch": int,
+    "jobs": int,
+    "timing": bool,
+}  # of these, the others are words
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,15 +99,20 @@ def _parser() -> argparse.ArgumentParser:
         "look",
         _look,
         "Show where a model looks while it answers.",
-        'saccade look table.jpg --ask "What is on the table?" --with var --plain',
+        'saccade look table.jpg --ask "What is on the table?" --with var -o look.html',
     )
-    look.add_argument("image", metavar="IMAGE")
+    look.add_argument("images", nargs="+", metavar="IMAGE")
     look.add_argument("--ask", required=True, metavar="QUESTION", dest="question")
     look.add_argument(
         "--word", metavar="W", help="for this word of the answer or question (default: the answer)"
     )
     look.add_argument("--plain", action="store_true", help="draw in the terminal (also when there is no -o)")
-    look.add_argument("-o", "--out", metavar="FILE", help="overlay (.png, .jpg) or recording (.safetensors)")
+    look.add_argument(
+        "-o",
+        "--out",
+        metavar="FILE",
+        help="page to look around in (.html; with a stack both runs), overlay (.png, .jpg) or recording (.safetensors)",
+    )
 
     ask = command(
         "ask",
@@ -129,6 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--limit", type=int, metavar="N", help="pictures, or texts (500)")
     bench.add_argument("--seed", type=int, metavar="N", help="of what is asked (0)")
     bench.add_argument("--batch", type=int, metavar="N", help="questions at a time (32)")
+    bench.add_argument("--jobs", type=int, metavar="N", help="processes, each with the model (1)")
+    bench.add_argument(
+        "--timing", action="store_true", default=None, help="time a few samples, in turn with the bare model"
+    )
     bench.add_argument(
         "--config", metavar="FILE", help="YAML with these options by name; the line's own go first"
     )
@@ -144,6 +166,27 @@ def _parser() -> argparse.ArgumentParser:
     forms = results.add_mutually_exclusive_group()
     for form in ("markdown", "csv", "json"):
         forms.add_argument(f"--{form}", dest="form", action="store_const", const=form, default="plain")
+    forms.add_argument("--html", metavar="FILE", help="a page with plots, which needs no network")
+
+    calibrate = command(
+        "calibrate",
+        _calibrate,
+        "Choose a constant of a method, on calibration pictures, which no result is told of.",
+        "saccade calibrate vhr --task world/captions --option alpha --values 1.5 2 3",
+    )
+    calibrate.add_argument("stack", metavar="STACK", help='methods joined by "+", or a .stack file')
+    calibrate.add_argument("--task", required=True, metavar="T", help="asked on its calibration split")
+    calibrate.add_argument("--option", metavar="NAME", help="(default: the method's strength)")
+    calibrate.add_argument("--values", nargs="+", metavar="V", help="(default: a grid within its bounds)")
+    calibrate.add_argument("--score", metavar="NAME", help="to choose by (default: the task's first)")
+    calibrate.add_argument(
+        "--out", default="calibration", metavar="DIR", help="for rows, choice and curve (%(default)s)"
+    )
+    calibrate.add_argument("--limit", type=int, default=200, metavar="N", help="pictures (%(default)s)")
+    calibrate.add_argument("--seed", type=int, default=0, metavar="N", help="of what is asked (%(default)s)")
+    calibrate.add_argument(
+        "--batch", type=int, default=32, metavar="N", help="questions at a time (%(default)s)"
+    )
 
     about = "The embedded world: drawn scenes, and what is true of them."
     parts = commands.add_parser("world", help=about, description=about)
@@ -161,10 +204,11 @@ def _parser() -> argparse.ArgumentParser:
         "--split", default="test", metavar="S", help="train, calibration, test, broken (%(default)s)"
     )
 
-    for sub in (look, ask, doctor, bench):
+    for sub in (look, ask, doctor, bench, calibrate):
         model = sub.add_argument_group("model").add_argument
         if sub in (look, ask):
             sub.add_argument("--with", dest="stack", metavar="STACK", help='joined by "+", or a .stack file')
+        if sub in (look, ask, calibrate):
             model(
                 "--model", default="world/vlm", metavar="M", help="embedded, folder or hub id (%(default)s)"
             )
@@ -229,7 +273,19 @@ def _show(args: argparse.Namespace) -> int:
             for option in options:
                 print(_described(option))
     print(f"\n{_bold('Use')}\n  {_use(entry, own)}")
+    if measured := _measured(card.slug):
+        print(f"\n{_bold('Measured')}\n{measured}")
     return 0
+
+
+def _measured(slug: str) -> str:
+    """The published figures, a block for every setting and task."""
+    from saccade.bench import figures
+
+    lines: list[str] = []
+    for (model, stack, task), rows in groupby(figures.of(slug), lambda row: row[:3]):
+        lines += [f"  {stack} on {model}, {task}", *(f"    {'  '.join(row[3:])}".rstrip() for row in rows)]
+    return "\n".join(lines)
 
 
 def _described(option: Option) -> str:
@@ -260,18 +316,26 @@ def _use(entry: Entry, options: list[Option]) -> str:
 
 
 def _look(args: argparse.Namespace) -> int:
-    suffix = _suffix(args.out, *PICTURES, ".safetensors") if args.out else ""
-    image, stack = _image(args.image), _stack(args.stack)
+    suffix = _suffix(args.out, *PICTURES, ".safetensors", ".html") if args.out else ""
+    images, stack = [_image(path) for path in args.images], _stack(args.stack)
     from saccade import looking
 
     model, processor = _model(args)
-    recording = looking.look(model, processor, image, args.question, stack=stack)
+    rows = "after_image" if suffix == ".html" else "generated"  # a page shows the words of the question too
+
+    def look(stack: Stack | None) -> Recording:
+        return looking.look(model, processor, images, args.question, stack=stack, rows=rows)
+
+    recording = look(stack)
     if args.plain or not args.out:
         print(recording.plain(args.word, _width(), colour=_colour()))
     else:
         print(recording.answer())
     if suffix == ".safetensors":
         recording.save(args.out)
+    elif suffix == ".html":
+        bare, beside = (look(None), recording) if stack else (recording, None)
+        _write(bare.page(beside, args.word), args.out)
     elif args.out:
         _write(recording.overlay(args.word), args.out)
     return 0
@@ -287,9 +351,12 @@ def _suffix(path: str, *known: str) -> str:
     return suffix
 
 
-def _write(image: Image, path: str) -> None:
+def _write(made: Image | str, path: str) -> None:
     try:
-        image.save(path)
+        if isinstance(made, str):
+            Path(path).write_text(made, "utf-8")
+        else:
+            made.save(path)
     except OSError as e:
         raise InputError(f"{path} cannot be written: {e}.", "Give a path in a folder of yours.") from e
 
@@ -302,14 +369,18 @@ def _ask(args: argparse.Namespace) -> int:
 
     model, processor = _model(args)
 
-    def answer(stack: Stack | None) -> str:
-        return str(looking.ask(model, processor, image, args.question, stack=stack)).strip()
+    def answer(stack: Stack | None) -> Answer:
+        return looking.ask(model, processor, image, args.question, stack=stack)
 
     if not args.compare:
-        print(answer(stack))
+        said = answer(stack)
+        print(said.strip())
+        for found in said.found.values():
+            if dataclasses.is_dataclass(found):  # what a probe tells, beside a driver's tensors and boxes
+                print(f"\n{found!r}")
         return 0
     for title, chosen in (("without", None), (f"with {stack}", stack)):
-        print(f"{_bold(title)}\n{_filled(answer(chosen), '  ', '  ')}")
+        print(f"{_bold(title)}\n{_filled(answer(chosen).strip(), '  ', '  ')}")
     return 0
 
 
@@ -352,7 +423,7 @@ def _config(path: str) -> dict[str, Any]:
         if name not in BENCH:
             near = nearest(str(name), BENCH) or f"use {', '.join(BENCH)}"
             raise InputError(f"{path}: there is no option {name!r}.", near)
-        kinds: Any = int if name in ("limit", "seed", "batch") else str
+        kinds: Any = KINDS.get(name, str)
         several = isinstance(value, list) and BENCH[name] == ()
         if not all(isinstance(one, kinds) for one in (value if several else [value])):
             raise InputError(f"{path}: {name} is {value!r}.", f"give {kinds.__name__} there")
@@ -366,8 +437,33 @@ def _results(args: argparse.Namespace) -> int:
     if not found:
         print(f"There are no rows in {args.out}.", file=sys.stderr)
         return 1
+    if args.html:
+        from saccade.bench.page import page
+
+        _put(page(found), args.html)
+        return 0
     made = found.plain(_width()) if args.form == "plain" else getattr(found, args.form)()
     print(made.rstrip("\n"))
+    return 0
+
+
+def _put(text: str, path: str) -> None:
+    try:
+        Path(path).write_text(text, "utf-8")
+    except OSError as e:
+        raise InputError(
+            f"{path} cannot be written: {e.strerror}.", "Give a path in a folder of yours."
+        ) from e
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from saccade.bench.calibrate import calibrate
+
+    names = ("stack", "model", "task", "option", "values", "score", "out", "limit", "seed", "batch")
+    model = {name: vars(args)[name] for name in ("dtype", "device", "trust_remote_code")}
+    choice = calibrate(**{name: vars(args)[name] for name in names}, **model)
+    name = Path(args.out) / f"{choice.slug}-{choice.option}"
+    print(f"{choice!r}\n\nUse it: --with '{choice.stack}', or --with {name}.stack\nThe curve: {name}.svg")
     return 0
 
 
@@ -403,10 +499,15 @@ def _stack(text: str | None) -> Stack | None:
 def _image(path: str) -> Image:
     from PIL import Image, ImageOps
 
+    huge = (Image.DecompressionBombError, Image.DecompressionBombWarning)
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as e:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except huge as e:
+        raise InputError(f"{path} is too large a picture: {e}", "Make it smaller.") from e
+    except (OSError, ValueError) as e:
         raise InputError(f"The image cannot be read: {e}.", "Give the path of a picture file.") from e
 
 

@@ -17,7 +17,7 @@ from saccade.core.recorder import Record
 from saccade.core.session import attach
 from saccade.core.system import System
 from saccade.loading import load_model as load_model
-from saccade.stack import load
+from saccade.stack import load, written
 
 if TYPE_CHECKING:
     Images = Image.Image | Sequence[Image.Image] | None
@@ -84,6 +84,7 @@ def look(
         session.locate(processor, [])
         recording: Recording = session.results["Record"]
     recording.prompt = question
+    recording.stack = "+".join(written(m) if hasattr(m, "card") else type(m).__name__ for m in methods)
     return recording.with_words(processor).with_pictures(images)
 
 
