@@ -1,9 +1,9 @@
 """Which heads speak to which: path patching, and how much of one task's circuit another uses.
 
-sender    its output at one place is that of the other prompt; all other heads there are as in the clean run
-receiver  what it then reads is put into a clean run, and nothing else
-effect = (LD(patched) - LD(clean)) / (LD(other) - LD(clean))        LD = logit(correct) - logit(incorrect)
-reuse  = |A & B| / |B|
+    sender    its output at one place is that of the other prompt; all other heads there are as in the clean run
+    receiver  what it then reads is put into a clean run, and nothing else
+    effect = (LD(patched) - LD(clean)) / (LD(other) - LD(clean))        LD = logit(correct) - logit(incorrect)
+    reuse  = |A & B| / |B|
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Take from heads what they attend to, and see what is lost.
 
-w <- (1 - strength) * w + strength * target
+    w <- (1 - strength) * w + strength * target
 
-zero      0: the head says nothing
-context   alike on all keys that the row sees
-all       alike on all keys, later ones too
-rest      w without the first token, renormalised: the sink keeps the share 1 - strength
+    zero      0: the head says nothing
+    context   alike on all keys that the row sees
+    all       alike on all keys, later ones too
+    rest      w without the first token, renormalised: the sink keeps the share 1 - strength
 """
 
 from __future__ import annotations

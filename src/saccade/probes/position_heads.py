@@ -1,7 +1,7 @@
 """Find the heads that look at a place, whatever stands there.
 
-S_h = mean over rows i of  w_h[i, first]        a sink
-                      or   w_h[i, i - offset]   a head of the previous token, of the one before, ...
+    S_h = mean over rows i of  w_h[i, first]        a sink
+                          or   w_h[i, i - offset]   a head of the previous token, of the one before, ...
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Take a head's score apart into what it says along a few directions, and ask the heads before it who wrote there.
 
-Omega = [W_Q; b_Q] [W_K; b_K]^T = sum_k s_k u_k v_k^T           norm folded in, a 1 appended to every token
-q_i . k_j = sum_k s_k (x_i . u_k) (x_j . v_k)                   x: normalised residuals
-signal    = the largest terms, as few as exceed the whole
-from head o    sum_k sign(x_i . u_k) sqrt(s_k) (o . v_k) / scale      to the source j over the signal's terms;
-                                                                to the destination i with u_k and x_j . v_k
+    Omega = (W_Q; b_Q) (W_K; b_K)^T = sum_k s_k u_k v_k^T           norm folded in, a 1 appended to every token
+    q_i . k_j = sum_k s_k (x_i . u_k) (x_j . v_k)                   x: normalised residuals
+    signal    = the largest terms, as few as exceed the whole
+    from head o    sum_k sign(x_i . u_k) sqrt(s_k) (o . v_k) / scale      to the source j over the signal's terms;
+                                                                    to the destination i with u_k and x_j . v_k
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Describe the picture in several ways, and let every way of beginning an answer vote as surely as it ends in one.
 
-captions   what the model says of the picture from above, from below, and plainly
-paths      the k likeliest first words v of an answer to caption and question, with probability p(v)
-score      of an answer: the sum over captions and paths of
-           p(v)                                where v is that answer,
-           p(v) * (p_1 - p_2)                  where v leads to it, the two likeliest words there being 1 and 2
+    captions   what the model says of the picture from above, from below, and plainly
+    paths      the k likeliest first words v of an answer to caption and question, with probability p(v)
+    score      of an answer: the sum over captions and paths of
+               p(v)                                where v is that answer,
+               p(v) * (p_1 - p_2)                  where v leads to it, the two likeliest words there being 1 and 2
 """
 
 from __future__ import annotations

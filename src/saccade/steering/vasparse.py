@@ -1,11 +1,11 @@
 """Keep the tokens that are read most or look at the picture most, and take away what the last word alone says.
 
-s_i      attention that token i receives, mean over heads and rows
-a_i      attention of token i on the picture, mean over heads
-delta_i  s_i^2 + lam * P_i,                             P = softmax over the tokens of a
-keep     the share of the prompt's tokens with the largest delta, its last word among them
-sinks    words with s_i >= sink * mean s, whose scores are lowered by `penalty` from there on
-logits   f(prompt) - weight * head(embedding of the last word)
+    s_i      attention that token i receives, mean over heads and rows
+    a_i      attention of token i on the picture, mean over heads
+    delta_i  s_i^2 + lam * P_i,                             P = softmax over the tokens of a
+    keep     the share of the prompt's tokens with the largest delta, its last word among them
+    sinks    words with s_i >= sink * mean s, whose scores are lowered by `penalty` from there on
+    logits   f(prompt) - weight * head(embedding of the last word)
 """
 
 from __future__ import annotations
