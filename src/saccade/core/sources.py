@@ -27,41 +27,57 @@ class Traced(NamedTuple):
     made_of: Tensor  # (features, most): of which tokens, -1 where there are fewer
     tokens: int
 
+    def of_each(self, pictures: int) -> Traced:
+        """Of so many pictures that are alike, one behind the other."""
+        number = torch.arange(pictures).repeat_interleave(len(self.begins))[:, None]
+        begins, made_of = self.begins.repeat(pictures, 1), self.made_of.repeat(pictures, 1)
+        begins[:, :1] += torch.where(begins[:, :1] < 0, 0, number)
+        made_of += torch.where(made_of < 0, 0, number * self.tokens)
+        return Traced(begins, made_of, pictures * self.tokens)
+
 
 def sources(runtime: Runtime, inputs: Mapping[str, Any], kind: str, site: Site) -> tuple[Tensor, int]:
     """Which tokens at the site, counted over all pictures of a call, each of its features is made of:
     (features, most), -1 where there are fewer; and how many tokens there are.
 
-    Asked of the model once for each shape of its inputs: its tower runs some twenty times on pixels that are
+    Asked of the model once for each shape of a picture: its tower runs some twenty times on pixels that are
     changed here and there.
     """
-    given, name, known = _pixels(runtime, inputs, kind)
+    given, name, pictures, known = _pixels(runtime, inputs, kind)
     if site.name not in known:
         known[site.name] = _asked(runtime, given, name, kind, site)
-    return known[site.name].made_of, known[site.name].tokens
+    found = known[site.name].of_each(pictures)
+    return found.made_of, found.tokens
 
 
 def first_lines(runtime: Runtime, inputs: Mapping[str, Any], kind: str) -> Tensor:
     """Where each feature begins along the axes of `probe.lines`: (features, axes), -1 for what has no place."""
-    given, name, known = _pixels(runtime, inputs, kind)
+    given, name, pictures, known = _pixels(runtime, inputs, kind)
     if not known:
         known[""] = _asked(runtime, given, name, kind, None)
-    return next(iter(known.values())).begins
+    return next(iter(known.values())).of_each(pictures).begins
 
 
 def _pixels(
     runtime: Runtime, inputs: Mapping[str, Any], kind: str
-) -> tuple[dict[str, Tensor], str, dict[str, Traced]]:
-    """The tensors, which of them are pixels, and what is known of their shape, by the site's name."""
+) -> tuple[dict[str, Tensor], str, int, dict[str, Traced]]:
+    """The tensors of one picture, if several are alike; which of them are pixels; how many pictures that stands for;
+    and what is known of their shape, by the site's name."""
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     name = next(name for name in given if name.startswith("pixel_values"))
+    count = len(given[name]) if given[name].ndim == 4 else 1
+    alike = all(len(v) == count and bool((v == v[:1]).all()) for n, v in given.items() if n != name)
+    if count > 1 and alike:
+        given = {n: v[:1] for n, v in given.items()}
+    else:
+        count = 1
     grids = tuple(
         (n, tuple(v.flatten().tolist())) for n, v in sorted(given.items()) if not v.is_floating_point()
     )
     pixels = given[name]
     filled = tuple((pixels != 0).flatten(-3).any(-1).flatten().tolist()) if pixels.ndim > 4 else ()
     shapes = _known.setdefault(runtime.model, {})
-    return given, name, shapes.setdefault((kind, tuple(pixels.shape), grids, filled), {})
+    return given, name, count, shapes.setdefault((kind, tuple(pixels.shape), grids, filled), {})
 
 
 def _asked(runtime: Runtime, given: dict[str, Tensor], name: str, kind: str, site: Site | None) -> Traced:
