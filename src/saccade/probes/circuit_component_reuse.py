@@ -2,8 +2,10 @@
 
     sender    its output at one place is that of the other prompt; all other heads there are as in the clean run
     receiver  what it then reads is put into a clean run, and nothing else
-    effect = (LD(patched) - LD(clean)) / (LD(other) - LD(clean))        LD = logit(correct) - logit(incorrect)
+    effect = (LD(patched) - LD(clean)) / (LD(other) - LD(clean))
     reuse  = |A & B| / |B|
+
+LD is the logit of the right word less that of the wrong one.
 """
 
 from __future__ import annotations

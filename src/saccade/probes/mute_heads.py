@@ -6,6 +6,8 @@
     context   alike on all keys that the row sees
     all       alike on all keys, later ones too
     rest      w without the first token, renormalised: the sink keeps the share 1 - strength
+
+Heads and rows are chosen as for every method.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     S_h = mean over rows i of  w_h[i, first]        a sink
                           or   w_h[i, i - offset]   a head of the previous token, of the one before, ...
+
+Scores lie between 0 and 1.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
     signal    = the largest terms, as few as exceed the whole
     from head o    sum_k sign(x_i . u_k) sqrt(s_k) (o . v_k) / scale      to the source j over the signal's terms;
                                                                     to the destination i with u_k and x_j . v_k
+
+Rotary models turn queries and keys by their places, and are refused.
 """
 
 from __future__ import annotations

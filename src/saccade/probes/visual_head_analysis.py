@@ -1,8 +1,10 @@
 """Find the heads that look at the picture, and at little of it.
 
     weight_h        = sum over image tokens of a_h       a_h: attention in the row that says the answer
-    concentration_h = 1 - H(a_h / weight_h) / log n      n image tokens
+    concentration_h = 1 - H(a_h / weight_h) / log n
     S_h             = weight_h * concentration_h
+
+n counts the image tokens.
 """
 
 from __future__ import annotations

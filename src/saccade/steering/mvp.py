@@ -5,6 +5,8 @@
     score      of an answer: the sum over captions and paths of
                p(v)                                where v is that answer,
                p(v) * (p_1 - p_2)                  where v leads to it, the two likeliest words there being 1 and 2
+
+The answer with the largest score is given.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@
     keep     the share of the prompt's tokens with the largest delta, its last word among them
     sinks    words with s_i >= sink * mean s, whose scores are lowered by `penalty` from there on
     logits   f(prompt) - weight * head(embedding of the last word)
+
+Only tokens of the picture leave.
 """
 
 from __future__ import annotations
