@@ -55,9 +55,11 @@ def interleaved(
     limits: Mapping[str, float],
     rounds: int,
     instead: Mapping[str, Callable[[], object]] = MappingProxyType({}),
+    warm: Callable[[], object] | None = None,
 ) -> list[Row]:
     """Run all variants once in every round, in a new order each time, the first one being bare. A variant is
-    entered, its work (`instead`, where it has its own) run once to warm up, and timed."""
+    entered, its work (`instead`, where it has its own) run once to warm up, or `warm` where that takes long, and
+    timed."""
     base = next(iter(variants))
     now = clock()[1]
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -68,7 +70,7 @@ def interleaved(
         for name in order:
             own = instead.get(name, work)
             with variants[name]():
-                own()
+                (warm or own)()
                 start = now()
                 own()
                 times[name].append(now() - start)

@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +20,12 @@ from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    CLIPVisionConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -33,6 +39,13 @@ from saccade.core.passes import Run
 from saccade.core.recorder import Record
 from saccade.core.session import attach
 from saccade.core.tokens import Tokens, TokensCall
+
+METHODS = "from saccade.cli import main; main(['methods'])"
+IMAGE = 7  # the placeholder of a picture
+PEAKS = {
+    "words": "the last row",
+    "half of it pictures": "the image columns of the last row",
+}  # what is recorded
 
 
 @dataclass(eq=False)
@@ -78,13 +91,27 @@ class Beside(Method):
         return [Branch(run.inputs)]
 
 
-def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def config() -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=32_000, hidden_size=512, intermediate_size=1376, num_hidden_layers=12, num_attention_heads=8,
         max_position_embeddings=8192, eos_token_id=None, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config()).eval()
+
+
+def seeing() -> LlavaForConditionalGeneration:
+    """The same decoder behind a small tower, whose every picture is 256 tokens."""
+    torch.manual_seed(0)
+    tower = CLIPVisionConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=224,
+        patch_size=14,
+    )  # fmt: skip
+    both = LlavaConfig(vision_config=tower, text_config=config(), image_token_index=IMAGE)
+    return LlavaForConditionalGeneration(both).eval()
 
 
 def _floor(
@@ -110,7 +137,11 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
     llama = model()
     bare: Variant = contextlib.nullcontext
     rows: list[Row] = []
-    notes = {"model": "Llama, 512 wide, 12 layers, 8 heads, 32,000 words, random weights, float32, batch 1"}
+    notes = {
+        "model": "Llama, 512 wide, 12 layers, 8 heads, 32,000 words, random weights, float32, batch 1",
+        "import saccade, with the start of python": f"{seconds('import saccade'):.3f} s (limit 0.2)",
+        "saccade methods": f"{seconds(METHODS):.3f} s (limit 0.6)",
+    }
     with torch.no_grad():
         for length in lengths:
             ids = torch.randint(3, 32_000, (1, length))
@@ -119,6 +150,9 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
 
             def prefill(ids: Tensor = ids) -> None:
                 llama(ids, logits_to_keep=1, use_cache=True)
+
+            def warm(ids: Tensor = ids) -> None:
+                llama(ids[:, :64], logits_to_keep=1, use_cache=True)
 
             def decode(ids: Tensor = ids, cache: DynamicCache = cache) -> None:
                 llama(ids[:, :1], past_key_values=cache, logits_to_keep=1)
@@ -130,7 +164,9 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
                 "Saccade, observe": lambda: attach(llama, Observe()),
             }
             counts = (rounds, 10 * rounds) if length < 1000 else (max(5, rounds // 4), 4 * rounds)
-            rows += interleaved(f"prefill {length}", prefill, reading, {"Saccade, observe": 1.02}, counts[0])
+            rows += interleaved(
+                f"prefill {length}", prefill, reading, {"Saccade, observe": 1.02}, counts[0], warm=warm
+            )
             rows += interleaved(f"decode at {length}", decode, reading, {"Saccade, observe": 1.03}, counts[1])
             last: dict[str, Variant] = {
                 "raw floor of last-row weights": lambda: floor(llama),
@@ -138,7 +174,12 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
                 "bare": bare,
             }
             rows += interleaved(
-                f"prefill {length}, last row", prefill, last, {"Saccade, last-row weights": 1.02}, counts[0]
+                f"prefill {length}, last row",
+                prefill,
+                last,
+                {"Saccade, last-row weights": 1.02},
+                counts[0],
+                warm=warm,
             )
             rows += interleaved(
                 f"decode at {length}, last row", decode, last, {"Saccade, last-row weights": 1.02}, counts[1]
@@ -148,19 +189,25 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
                 "Saccade, keep all tokens": lambda: attach(llama, KeepTokens()),
             }
             rows += interleaved(
-                f"prefill {length}, tokens", prefill, keeping, {"Saccade, keep all tokens": 1.04}, counts[0]
+                f"prefill {length}, tokens",
+                prefill,
+                keeping,
+                {"Saccade, keep all tokens": 1.04},
+                counts[0],
+                warm=warm,
             )
 
-            alone, recorded = (
-                statistics.median(
-                    in_fresh_process("benchmarks.overhead", "--peak", what, str(length)) for _ in range(3)
+            for what, read in PEAKS.items():
+                alone, recorded = (
+                    statistics.median(
+                        in_fresh_process("benchmarks.overhead", "--peak", one, str(length)) for _ in range(3)
+                    )
+                    for one in (f"bare {what}", what)
                 )
-                for what in ("bare", "recorded")
-            )
-            notes[f"peak memory of prefill {length}"] = (
-                f"{alone / 2**20:.0f} MiB bare, {recorded / 2**20:.0f} MiB with the last row of every head and "
-                f"layer recorded: {recorded / alone:.3f} (limit 1.05)"
-            )
+                notes[f"peak memory of prefill {length}, {what}"] = (
+                    f"{alone / 2**20:.0f} MiB bare, {recorded / 2**20:.0f} MiB with {read} of every head and layer "
+                    f"recorded: {recorded / alone:.3f} (limit 1.05)"
+                )
         ids = torch.randint(3, 32_000, (1, 512))
 
         def generate(rows: int = 1) -> None:
@@ -178,14 +225,33 @@ def run(rounds: int, lengths: tuple[int, ...]) -> tuple[list[Row], dict[str, str
     return rows, notes
 
 
+def seconds(code: str) -> float:
+    """From the start of a fresh process to its end."""
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
 def peak(what: str, length: int) -> int:
     """Of one prefill, in a process that has done nothing else."""
-    llama = model()
-    ids = torch.randint(3, 32_000, (1, length))
-    recording = attach(llama, Record(sites="text.*.self", rows="last")) if what == "recorded" else None
-    with torch.no_grad(), recording or contextlib.nullcontext():
-        llama(ids[:, :8], logits_to_keep=1)
-        return peak_bytes(lambda: llama(ids, logits_to_keep=1, use_cache=True))
+    if what.endswith("words"):
+        read, subject, inputs = Record(sites="text.*.self", rows="last"), model(), {}
+        ids = torch.randint(8, 32_000, (1, length))
+        short = ids[:, :8]
+    else:
+        read, subject = Record(sites="text.*.self", rows="last", columns="image"), seeing()
+        pictures = length // 2 // 256
+        inputs = {"pixel_values": torch.randn(pictures, 3, 224, 224)}
+        ids = torch.randint(8, 32_000, (1, length))
+        ids[:, : 256 * pictures] = IMAGE
+        short = ids[:, -8:]
+    recording = contextlib.nullcontext() if what.startswith("bare") else attach(subject, read)
+    with torch.no_grad(), recording:
+        subject(short, logits_to_keep=1)
+        return peak_bytes(lambda: subject(ids, **inputs, logits_to_keep=1, use_cache=True))
 
 
 if __name__ == "__main__":
