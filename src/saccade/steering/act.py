@@ -62,6 +62,7 @@ class ACT(Method):
         return self.beta != 1
 
     def weights(self, call: AttentionCall, w: Tensor) -> Tensor:
+        call.pass_.check_complete("finds sinks by the whole prompt")
         sinks = self._sinks(call, w)[:, :, None]  # (batch, heads, 1, keys)
         moved = redistribute(w, sinks, ~sinks, self.beta)
         if not self.calibrated:

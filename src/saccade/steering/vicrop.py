@@ -35,6 +35,7 @@ from saccade.core.question import Answer, Question
 from saccade.core.session import Session
 from saccade.core.site import match
 from saccade.core.system import option
+from saccade.steering._parts.glance import placed
 from saccade.steering._parts.watch import Watch
 
 Box = tuple[int, int, int, int]
@@ -334,12 +335,7 @@ def _boxes(session: Session, question: Question, picture: Image.Image) -> Tensor
         boxes = tower_boxes(session.model, question.processor, picture.size, last)
     else:
         boxes = picture_boxes(session.model, question.processor, picture.size)
-    if not boxes.isfinite().all(-1).any():
-        raise InputError(
-            f"The visual tokens of {type(session.model).__name__} show no places of the picture.",
-            "use a model whose visual tokens are patches, or queries that read patches",
-        )
-    return boxes
+    return placed(boxes, session.model)
 
 
 def _seen(session: Session, question: Question, picture: Image.Image) -> Tensor:

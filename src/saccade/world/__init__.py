@@ -2,6 +2,7 @@
 
 from saccade.world.captions import caption, mentioned
 from saccade.world.embedded import load
+from saccade.world.illustrate import illustrate
 from saccade.world.questions import Question, ask, ask_pair, questions
 from saccade.world.scenes import SPLITS, Scene, Thing, scene, scenes
 
@@ -13,6 +14,7 @@ __all__ = [
     "ask",
     "ask_pair",
     "caption",
+    "illustrate",
     "load",
     "mentioned",
     "questions",

@@ -84,3 +84,11 @@ def _fillers(pixels: Tensor) -> Tensor:
     """Pictures (..., colours, height, width), or patches (patches, numbers), that are empty."""
     axes = (-3, -2, -1) if pixels.ndim > 3 else (-1,)
     return (pixels == 0).all(axes, keepdim=True)
+
+
+def answered(inputs: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    """One prompt's inputs with an answer (tokens,) behind it."""
+    prompt, more = inputs["input_ids"], len(ids)
+    marked = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.shape == prompt.shape}
+    longer = {n: F.pad(v, (0, more), value=int(n == "attention_mask")) for n, v in marked.items()}
+    return {**inputs, **longer, "input_ids": torch.cat([prompt, ids[None]], 1)}
