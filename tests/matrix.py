@@ -280,21 +280,30 @@ This page is written by `python -m tests.matrix`, with {versions}.
 """
 
 
+COLUMNS = ("observed", "detached", *EVENTS)
+
+
 def page(rows: Iterable[Row]) -> str:
     rows = sorted(rows, key=lambda row: row.name)
     shown = [row for row in rows if not row.skipped]
     complete = sum(row.complete for row in shown)
     whole = sum(row.complete and not row.notes for row in shown)
     head = HEAD.format(complete=complete, families=len(shown), whole=whole, versions=versions())
-    columns = ("observed", "detached", *EVENTS)
-    cells = [("family", "sites", *columns), ("---",) * 2 + (":---:",) * len(columns)]
-    cells += [(f"`{row.name}`", row.sites, *(row.cells[c] for c in columns)) for row in shown]
-    parts = [head, "\n".join(f"| {' | '.join(line)} |" for line in cells)]
+    table = [line(("family", "sites", *COLUMNS)), line(("---",) * 2 + (":---:",) * len(COLUMNS))]
+    parts = [head, "\n".join([*table, *map(line_of, shown)])]
     if notes := [f"- `{row.name}`, {note}" for row in shown for note in row.notes]:
         parts += ["## Why not", "\n".join(notes)]
     if gone := [f"- {row.skipped}" for row in rows if row.skipped]:
         parts += ["## Not here", "\n".join(gone)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def line_of(row: Row) -> str:
+    return line((f"`{row.name}`", row.sites, *(row.cells[column] for column in COLUMNS)))
+
+
+def line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def versions() -> str:

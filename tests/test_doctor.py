@@ -55,15 +55,15 @@ EXPECTED: dict[str, tuple[dict[str, tuple[str, set[str], int, int, int]], dict[s
         {
             "vision.0:3.self": ("interface", ALL, 4, 4, 8),
             "text.*.self": ("interface", CACHED, 4, 2, 16),
-            "text.*.cross": ("interface", ALL, 4, 2, 16),
+            "text.*.cross": ("interface", CACHED, 4, 2, 16),
         },
         {"DynamicLayer": "0:4"},
     ),
     "t5": (
         {
             "encoder.0:3.self": ("interface", ALL, 4, 4, 8),
-            "text.0:3.self": ("interface", ALL, 4, 4, 8),
-            "text.0:3.cross": ("interface", ALL, 4, 4, 8),
+            "text.0:3.self": ("interface", CACHED, 4, 4, 8),
+            "text.0:3.cross": ("interface", CACHED, 4, 4, 8),
         },
         {"DynamicLayer": "0:3"},
     ),
@@ -573,6 +573,10 @@ LLAMA = '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'
         ({"config.json": "{"}, "cannot be loaded"),
         ({"config.json": '{"model_type": "no_such_type"}'}, "no_such_type"),
         ({"config.json": '{"model_type": "llava_llama"}'}, "llava-hf/llava-1.5-7b-hf"),
+        (
+            {"config.json": '{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "mine.Mine"}}'},
+            "OpenGVLab/InternVL3-8B-hf",
+        ),
         ({"config.json": LLAMA}, "model.safetensors"),
         ({"config.json": LLAMA, "pytorch_model.bin": ""}, "a pickle can run code"),
         ({"config.json": LLAMA, "model.safetensors": "version https://git-lfs"}, "fetch them again"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from matrix import EVENTS, PAGE, Row, measure, page
+from matrix import EVENTS, PAGE, Row, line_of, measure, page, versions
 from zoo import FAMILIES, Family
 
 
@@ -36,3 +36,6 @@ def test_every_event_that_a_seam_gives_changes_the_output(f: Family) -> None:
     if row.skipped:
         pytest.skip(row.skipped)
     assert row.complete, row.notes
+    written = PAGE.read_text(encoding="utf-8")
+    if versions() in written:  # else the page tells of others
+        assert line_of(row) in written

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import cast
 from PIL import Image
 from zoo import Family, run, select
 
@@ -27,7 +28,7 @@ def asked(f: Family, side: str = "left", seed: int = 0) -> dict[str, Any]:
     images = [[first], [second, third]] if several else [first, second]
     text = [f.prompt(1, SHORT), f.prompt(1 + several, LONG)]
     made = f.processor()(images=images, text=text, padding=True, padding_side=side, return_tensors="pt")
-    return dict(made)
+    return dict(cast(dict(made), torch.float32))  # Llama 4's gives bfloat16
 
 
 @pytest.mark.parametrize("f", select())

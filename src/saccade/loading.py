@@ -136,11 +136,10 @@ def failure(name: str, local: bool, error: Exception, any_kind: bool = False) ->
         return InputError(
             f"{name} cannot be loaded: torchvision does not fit this torch ({mismatch}).", TORCHVISION_REMEDY
         )
+    if other := CONVERTED.get(_type_of(name, local)):
+        return InputError(what, f"load transformers' own form of such a model, as in {other}")
     if "trust_remote_code" in said:
         return InputError(what, "read the model's own code, and allow it with --trust-remote-code")
-    for kind, other in CONVERTED.items():
-        if f"`{kind}`" in said:
-            return InputError(what, f"load transformers' own form of such a model, as in {other}")
     if isinstance(error, SafetensorError):
         return InputError(what, "its weights are damaged or not all there: fetch them again")
     if "safetensors" in said:
@@ -158,6 +157,16 @@ def failure(name: str, local: bool, error: Exception, any_kind: bool = False) ->
     return InputError(
         what, "give a vision-language model that transformers knows, with safetensors and processor"
     )
+
+
+def _type_of(name: str, local: bool) -> str:
+    """What the configuration calls its model; empty where it cannot be read."""
+    from transformers import PreTrainedConfig
+
+    try:
+        return str(PreTrainedConfig.get_config_dict(name, local_files_only=local)[0].get("model_type", ""))
+    except (OSError, ValueError):
+        return ""
 
 
 TORCHVISION_REMEDY = (

@@ -23,6 +23,7 @@ def fade(call: Any) -> Tensor:
 EVENTS: dict[str, Callable[[], Method]] = {
     "bias": lambda: method(bias=fade)(sites="*.*.self"),
     "weights": lambda: method(weights=lambda call, w: 0.5 * w)(sites="*.*.self", rows="last"),
+    "a row": lambda: method(weights=lambda call, w: 0.5 * w)(sites="*.*.self", rows=3),
     "output": lambda: method(output=lambda call, o: 0.5 * o)(sites="*.*.self"),
     "hidden": lambda: method(hidden=lambda call, h: 0.9 * h)(sites="*.1.layer"),
 }
@@ -42,7 +43,7 @@ def run(model: Any, inputs: Any) -> Tensor:
 
 
 def check(family: str, event: str, backend: str, close: float) -> None:
-    if event == "weights" and torch.__version__ < (2, 13):
+    if event in ("weights", "a row") and torch.__version__ < (2, 13):
         pytest.skip("torch 2.9 cannot trace id(), 2.13 can")
     model, inputs = FAMILIES[family].build(), FAMILIES[family].inputs()
     with sc.attach(model, EVENTS[event]()):
@@ -75,3 +76,19 @@ def test_as_one_graph(family: str, event: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "timm_vit"])
 def test_by_inductor(family: str, event: str) -> None:
     check(family, event, "inductor", 1e-5)
+
+
+@pytest.mark.slow
+def test_what_is_read_in_a_graph() -> None:
+    if torch.__version__ < (2, 13):
+        pytest.skip("torch 2.9 cannot trace id(), 2.13 can")
+    model, inputs = FAMILIES["llama"].build(), FAMILIES["llama"].inputs()
+    seen: list[Tensor] = []
+    look = method(observe=lambda call: seen.append(call.weights("last")))(sites="text.*.self")
+    with sc.attach(model, look):
+        bare = run(model, inputs)
+    wanted, compiled = list(seen), torch.compile(model, fullgraph=True, backend="eager")
+    seen.clear()
+    with sc.attach(compiled, look):
+        assert torch.equal(run(compiled, inputs), bare)
+    assert all(torch.equal(a, b) for a, b in zip(seen, wanted, strict=True))

@@ -65,6 +65,43 @@ def test_layers_cost_what_torch_counts(name: str) -> None:
     assert (costs["prefill"].passes, costs["decode"].passes) == (1, 3)
 
 
+class Twice(sc.Method):
+    """Reads the prompt once more, and in the answer its first token."""
+
+    def begin(self, run: Any) -> None:
+        run.forward(run.inputs)
+
+    def prediction(self, base: Any, branches: Any, p: Any) -> Any:
+        if p.phase == "decode":
+            p.run.forward({name: rows[:, :1] for name, rows in p.run.inputs.items()})
+        return base
+
+
+def test_a_further_pass_is_counted_where_it_is_asked_for() -> None:
+    model, inputs = subject("llama", "eager"), asked("llama")
+    bare, _, _ = run(model, lambda: generate(model, inputs, 3))
+    costs, counter, _ = run(model, lambda: generate(model, inputs, 3), Twice())
+    rows, tokens = inputs["input_ids"].shape
+    assert costs["prefill"].flops["text"] == bare["prefill"].flops["text"] + rows * llama(
+        tokens, tokens, LAYERS
+    )
+    assert costs["decode"].flops["text"] == bare["decode"].flops["text"] + 2 * rows * llama(1, 1, LAYERS)
+    assert costs["prefill"].flops + costs["decode"].flops == by_tower(counter)
+    assert costs["prefill"].tokens == bare["prefill"].tokens
+    assert costs["prefill"].read["text"] > bare["prefill"].read["text"]
+
+
+def test_what_is_differentiated_is_refused() -> None:
+    model, inputs = subject("llama", "eager"), asked("llama")
+
+    class Backward(sc.Method):
+        def begin(self, run: Any) -> None:
+            run.forward(run.inputs, grad=True)
+
+    with sc.attach(model, Backward(), sc.Count()), pytest.raises(InputError, match="Backward differentiates"):
+        model(**inputs)
+
+
 @pytest.mark.parametrize("name", ["llama", "llava"])
 def test_what_is_left_out_stands_outside_of_layers(name: str) -> None:
     model, inputs = subject(name, "eager"), asked(name)

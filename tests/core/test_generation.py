@@ -25,7 +25,7 @@ from dense import (
 from helpers import Exact, greedy, method, shared, unchanged
 from torch import Tensor, nn
 from transformers import DynamicCache
-from zoo import FAMILIES
+from zoo import FAMILIES, run
 from zoo.base import words
 from zoo.words import tokenizer
 
@@ -392,6 +392,33 @@ def test_block_masks_of_flex_attention_are_refused_by_name(kind: str) -> None:
     with unchanged(model), sc.attach(model, reduce), pytest.raises(InputError, match="BlockMask"):
         greedy(model, inputs, 2)
     assert torch.equal(greedy(model, inputs, 2), bare)
+
+
+@pytest.mark.slow
+def test_flex_attention_is_read_and_its_weights_are_changed() -> None:
+    inputs = FAMILIES["llama"].inputs()
+    try:
+        flex = shared("llama", implementation="flex_attention")
+        run(flex, inputs)
+    except Exception as error:
+        pytest.skip(f"flex attention does not run here: {error}")
+    eager, seen = shared("llama", implementation="eager"), list[Tensor]()
+    look = method(observe=lambda call: seen.append(call.weights()))(sites="text.*.self")
+    with sc.attach(flex, look):
+        run(flex, inputs)
+    with torch.no_grad():
+        told = eager(**inputs, output_attentions=True).attentions
+    for mine, theirs in zip(seen, told, strict=True):
+        assert (mine - theirs).abs().max() < 1e-5
+    gains = torch.tensor([0.5, 1.0, 1.5, 2.0]).view(1, -1, 1, 1)
+    edit = method(weights=lambda call, w: w * gains)(sites="text.1.self")
+    bare = run(eager, inputs)
+    with sc.attach(flex, edit), sc.attach(eager, edit):
+        assert (run(flex, inputs) - run(eager, inputs)).abs().max() < 1e-4
+        assert (run(eager, inputs) - bare).abs().max() > 1e-2
+    bias = method(bias=lambda call: gains * call.columns("first"))(sites="text.1.self")
+    with unchanged(flex), sc.attach(flex, bias), pytest.raises(InputError, match="flex attention"):
+        run(flex, inputs)
 
 
 def test_flash_attention_gets_masks_of_padding_only() -> None:

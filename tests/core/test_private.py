@@ -32,6 +32,7 @@ def test_the_installed_version_has_all_of_them() -> None:
             Name("transformers.cache_utils:Cache.reorder_rows"),
             "transformers.cache_utils:Cache.reorder_rows is gone",
         ),
+        (Name("transformers:PreTrainedConfig()._attention"), "PreTrainedConfig()._attention is gone"),
         (
             Name("transformers.cache_utils:Cache.reorder_cache", ("self", "index")),
             "Cache.reorder_cache takes self, beam_idx instead of self, index",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Look, greedy, shared
+from helpers import Look, greedy, method, shared, unchanged
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -275,3 +275,18 @@ def test_a_state_without_a_row_for_each_row_is_an_error_and_not_a_guess() -> Non
     sequence.state_of(owner)["heads"] = torch.arange(8)
     with pytest.raises(InputError, match=r"call.state\['heads'\] holds a tensor of shape \(8,\)"):
         sequence.reorder(torch.tensor([1, 0]))
+
+
+@pytest.mark.parametrize("option", ["prompt_lookup_num_tokens", "assistant_early_exit", "assistant_model"])
+def test_what_is_remembered_cannot_be_of_tokens_that_may_be_taken_back(option: str) -> None:
+    model, ids = shared("llama"), {"input_ids": words(1, 4).repeat(1, 6)}
+    asked = {option: FAMILIES["llama"].build().eval() if option == "assistant_model" else 3}
+    keeps = method(weights=lambda call, w: w * call.state.setdefault("gain", 1.0))
+    marks = method(hidden=lambda call, h: h * call.state.setdefault("gain", 1.0))
+    for one, sites in ((keeps, "text.1.self"), (marks, "text.1.layer")):
+        with unchanged(model), sc.attach(model, one(sites=sites)):
+            with pytest.raises(InputError, match=rf"Edit remembers .*{option}=.* taken back"):
+                greedy(model, ids, 6, **asked)
+            greedy(model, ids, 2)
+    with sc.attach(model, method(weights=lambda call, w: w * 1.5)(sites="text.*.self")):
+        assert torch.equal(greedy(model, ids, 6, **asked), greedy(model, ids, 6))

@@ -243,6 +243,7 @@ EDITS: dict[str, Callable[[str], Method]] = {
     "output": lambda sites: LOUDER(sites=sites),
     "bias": lambda sites: method(bias=lambda call: torch.linspace(0, 3, call.k.shape[2]))(sites=sites),
     "weights": lambda sites: method(weights=lambda call, w: w * 1.5)(sites=sites),
+    "a row": lambda sites: method(weights=lambda call, w: w * 1.5)(sites=sites, rows=3),
     "by step": lambda sites: ByStep(sites=sites),
 }
 
@@ -264,7 +265,7 @@ COMPILER = pytest.mark.skipif(
                 ("flux", "compile()", "bias"),
                 ("flux", "repeated blocks", "output"),
                 ("flux", "torch.compile", "by step"),
-                ("sd", "compile()", "output"),
+                *(("sd", "compile()", edit) for edit in ("output", "bias", "a row")),
             )
         ),
         pytest.param("sd", "a block by Inductor", "output", marks=[pytest.mark.slow, COMPILER]),

@@ -28,6 +28,8 @@ def two(f: Family, dtype: torch.dtype = torch.float32, side: str = "left") -> In
 
 def alone(inputs: Inputs, sample: int) -> Inputs:
     """One sample of `two`, without its padding."""
+    if isinstance(inputs, tuple):
+        return tuple(value[sample : sample + 1] for value in inputs)
     ids = inputs.get("input_ids")
     if ids is None:
         return {name: value[sample : sample + 1] for name, value in inputs.items()}

@@ -21,7 +21,11 @@ import saccade as sc
 
 from .test_shared import Entry, entries
 
-PIPELINES_OF = {"unet diffusion": ("sd", "sdxl"), "unet/dit diffusion": ("sd", "sdxl", "pixart", "wan")}
+PIPELINES_OF = {
+    "unet diffusion": ("sd", "sdxl"),
+    "unet/dit diffusion": ("sd", "sdxl", "pixart", "wan"),
+    "dit diffusion": ("sd3", "flux"),
+}
 """By target. Guided in one batch and in two calls, with one text encoder and two."""
 STEPS = 4
 
@@ -55,9 +59,15 @@ def sample(p: Pipeline, prompts: tuple[str, ...], **options: Any) -> Tensor:
 
 
 def acts(t: Trial) -> None:
-    """Beyond what is rounded."""
+    """Beyond what is rounded; a probe changes nothing, to the bit, and has a result."""
     bare = t.bare()
-    assert float((t.with_method() - bare).abs().max()) > 1e-4 * float(bare.abs().max())
+    with sc.attach(t.pipe, t.entry.make()) as session:
+        made = t.bare()
+    if t.entry.card.form == "probe":
+        assert torch.equal(made, bare)
+        assert session.results[t.entry.card.slug]
+    else:
+        assert float((made - bare).abs().max()) > 1e-4 * float(bare.abs().max())
 
 
 def leaves_nothing_behind(t: Trial) -> None:
@@ -77,7 +87,7 @@ def leaves_nothing_behind_when_an_event_fails(t: Trial) -> None:
 
 
 def neutral_changes_nothing_to_the_bit(t: Trial) -> None:
-    assert t.entry.card.neutral
+    assert t.entry.card.neutral or t.entry.card.form == "probe"
     assert torch.equal(t.with_method(**t.entry.card.neutral), t.bare())
 
 

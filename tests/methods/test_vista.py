@@ -19,7 +19,7 @@ from saccade.core.errors import InputError
 from saccade.core.site import layers
 from saccade.steering.vista import VISTA, difference, steered
 
-from .shared import Inputs, alone, followed, generated, two
+from .shared import Inputs, alone, followed, generated, replay, two
 
 EXAMPLE: dict[str, Any] = {}
 DOUBLE = torch.float64
@@ -248,3 +248,44 @@ def test_a_prompt_without_a_picture_is_refused() -> None:
     model = shared("llava")
     with sc.attach(model, VISTA()), pytest.raises(InputError, match="picture"):
         model(input_ids=torch.full((1, 6), 150))
+
+
+# ---- a model that guesses --------------------------------------------------------------------------------
+
+THINGS, GUESS, FILLER, ASKED = list(range(30, 36)), 40, list(range(50, 56)), 20
+
+
+@pytest.mark.slow
+def test_what_is_seen_wins_against_what_is_guessed() -> None:
+    """Taught to name the picture's thing and, behind other words, to say the same word to two pictures of three."""
+    model = family("llava").build()
+    image, sight = model.config.image_token_id, two(family("llava"))["pixel_values"].shape[1:]
+    patches = int((two(family("llava"))["input_ids"] == image).sum()) // 3
+    pictures = torch.randn(len(THINGS), *sight, generator=torch.Generator().manual_seed(0))
+    prompt = [1] + [image] * patches + [ASKED]
+
+    rng = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(120):
+        shown = torch.randint(len(THINGS), (24,), generator=rng)
+        guesses = torch.rand(24, generator=rng) < 0.65
+        said = [GUESS if guess else THINGS[k] for k, guess in zip(shown, guesses, strict=True)]
+        ids = torch.tensor([[*prompt, THINGS[k], *FILLER, word] for k, word in zip(shown, said, strict=True)])
+        labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
+        loss = model.train()(input_ids=ids, pixel_values=pictures[shown], labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    grounded, invented = [], []
+    for lam in (0.0, 0.05, 0.1, 0.17, 0.3):
+        late = []
+        with sc.attach(model.eval(), VISTA(lam=lam, gamma=0.0)):
+            for k, thing in enumerate(THINGS):
+                given = {"input_ids": torch.tensor([prompt]), "pixel_values": pictures[k : k + 1]}
+                late.append(replay(model, given, torch.tensor([thing, *FILLER, thing]))[-1])
+        p = torch.stack(late).softmax(-1)
+        grounded.append(p[range(len(THINGS)), THINGS])
+        invented.append(float((p.argmax(-1) != torch.tensor(THINGS)).float().mean()))
+    assert bool((torch.stack(grounded).diff(dim=0) > 0).all())
+    assert invented[-1] < invented[0] and invented == sorted(invented, reverse=True)

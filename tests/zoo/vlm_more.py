@@ -1,4 +1,4 @@
-"""More models that read pictures, or sound, and write text. They have no processor here.
+"""More models that read pictures, or sound, and write text.
 
 Placeholders have the ids of `vlm`; sound has the next one that is free.
 """
@@ -21,9 +21,11 @@ from .vlm import (
     IMAGE,
     ONE,
     PATCHES,
+    QWEN,
     QWEN_IDS,
     START,
     VIDEO,
+    VIDEO_NEEDS,
     WIDE_EYE,
     llava_inputs,
     mrope,
@@ -31,9 +33,10 @@ from .vlm import (
     qwen_inputs,
     qwen_processor,
     qwen_video,
+    square,
     written,
 )
-from .words import BOS
+from .words import BOS, bare, chat, dialogue, tokenizer
 
 AUDIO = FIRST + 4
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -56,7 +59,10 @@ CODES = {
 }
 """A picture's codes, half as many a side as it has points."""
 
-vlm = partial(register, slow=True)
+vlm = partial(register, slow=True, processor_needs=VIDEO_NEEDS)
+PACKING = {"patch_size": 8, "merge_size": 2, "temporal_patch_size": 2}
+BOUNDS = {"shortest_edge": 48 * 48, "longest_edge": 128 * 128}
+"""Of pictures that a processor packs; for clips as well."""
 
 
 # --- Qwen's mixture of experts, and the thinker that also hears
@@ -109,7 +115,36 @@ def omni_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, An
     }
 
 
-@vlm("qwen2_5_omni", "vlm", "generates", "packed", "mrope", "windows", "audio", inputs=omni_inputs)
+def omni_processor() -> Any:
+    named = {
+        **QWEN,
+        "vision_bos_token": "<|vision_bos|>",
+        "vision_eos_token": "<|vision_eos|>",
+        "audio_token": "<|AUDIO|>",
+        "audio_bos_token": "<|audio_bos|>",
+        "audio_eos_token": "<|audio_eos|>",
+    }
+    return T.Qwen2_5OmniProcessor(
+        image_processor=T.Qwen2VLImageProcessor(size=BOUNDS, **PACKING),
+        video_processor=T.Qwen2VLVideoProcessor(size=BOUNDS, **PACKING),
+        feature_extractor=T.WhisperFeatureExtractor(feature_size=8),
+        tokenizer=tokenizer(named),
+        chat_template=chat("<|vision_bos|><|image_pad|><|vision_eos|>"),
+    )
+
+
+@vlm(
+    "qwen2_5_omni",
+    "vlm",
+    "generates",
+    "packed",
+    "mrope",
+    "windows",
+    "audio",
+    inputs=omni_inputs,
+    processor=omni_processor,
+    prompt=partial(dialogue, image="<|vision_bos|><|image_pad|><|vision_eos|>"),
+)
 def qwen2_5_omni() -> Any:
     tower = {"depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64}
     windows = {"window_size": 32, "fullatt_block_indexes": [1]}
@@ -148,7 +183,30 @@ def qwen2_audio() -> Any:
 # --- GLM-4V: Qwen's packing, with positions of the pictures interpolated
 
 
-@vlm("glm4v", "vlm", "generates", "multi_image", "packed", "mrope", inputs=qwen_inputs)
+GLM = "<|begin_of_image|><|image|><|end_of_image|>"
+
+
+def glm4v_processor() -> Any:
+    marks = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
+    return T.Glm4vProcessor(
+        image_processor=T.Glm4vImageProcessor(size=BOUNDS, **PACKING),
+        tokenizer=tokenizer({"image_token": "<|image|>", "video_token": "<|video|>"}, *marks),
+        video_processor=T.Glm4vVideoProcessor(size=BOUNDS, **PACKING),
+        chat_template=chat(GLM),
+    )
+
+
+@vlm(
+    "glm4v",
+    "vlm",
+    "generates",
+    "multi_image",
+    "packed",
+    "mrope",
+    inputs=qwen_inputs,
+    processor=glm4v_processor,
+    prompt=partial(dialogue, image=GLM),
+)
 def glm4v() -> Any:
     tower = {"depth": 3, "hidden_size": 32, "num_heads": 4, "image_size": 64, "patch_size": 8}
     return T.Glm4vForConditionalGeneration, T.Glm4vConfig(
@@ -176,6 +234,26 @@ def gemma4_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, 
     return {**ids, **pictures, "mm_token_type_ids": (ids["input_ids"] == IMAGE).long()}
 
 
+def gemma4_processor() -> Any:
+    named = {
+        "image_token": "<|image|>",
+        "boi_token": "<|image>",
+        "eoi_token": "<image|>",
+        "video_token": "<|video|>",
+        "audio_token": "<|audio|>",
+        "boa_token": "<|audio>",
+        "eoa_token": "<audio|>",
+    }
+    pooled = {"patch_size": 8, "max_soft_tokens": 70, "pooling_kernel_size": 2}
+    return T.Gemma4Processor(
+        feature_extractor=T.Gemma4AudioFeatureExtractor(),
+        image_processor=T.Gemma4ImageProcessor(**pooled),
+        tokenizer=tokenizer(named),
+        video_processor=T.Gemma4VideoProcessor(**pooled),
+        chat_template=chat("<|image|>"),
+    )
+
+
 @vlm(
     "gemma4",
     "vlm",
@@ -184,6 +262,8 @@ def gemma4_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, 
     "sliding",
     "shared_keys",
     inputs=gemma4_inputs,
+    processor=gemma4_processor,
+    prompt=partial(dialogue, image="<|image|>"),
     needs=("transformers.models.gemma4",),
 )
 def gemma4() -> Any:
@@ -191,7 +271,7 @@ def gemma4() -> Any:
     share = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8}
     tower = {**TOWER, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 8}
     return T.Gemma4ForConditionalGeneration, T.Gemma4Config(
-        vision_config={**tower, "pooling_kernel_size": 2, "position_embedding_size": 16},
+        vision_config={**tower, "pooling_kernel_size": 2, "position_embedding_size": 128},
         text_config={
             **TEXT,
             **share,
@@ -204,10 +284,10 @@ def gemma4() -> Any:
         image_token_id=IMAGE,
         boi_token_id=FIRST + 1,
         eoi_token_id=FIRST + 2,
-        video_token_id=AUDIO,
-        audio_token_id=AUDIO + 1,
-        boa_token_id=AUDIO + 2,
-        eoa_token_index=AUDIO + 3,
+        video_token_id=FIRST + 3,
+        audio_token_id=FIRST + 4,
+        boa_token_id=FIRST + 5,
+        eoa_token_index=FIRST + 6,
     )
 
 
@@ -219,7 +299,27 @@ def llama4_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, 
     return {**ids, "pixel_values": noise(sum(images), 3, 64, 64)}
 
 
-@vlm("llama4", "vlm", "generates", "multi_image", "chunked", "moe", inputs=llama4_inputs)
+def llama4_processor() -> Any:
+    marks = ("<|image_start|>", "<|image_end|>", "<|image|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
+    return T.Llama4Processor(
+        image_processor=T.Llama4ImageProcessor(size=square(64), max_patches=4),
+        tokenizer=tokenizer(None, "<|patch|>", *marks),
+        patch_size=8,
+        chat_template=chat("<|image|>"),
+    )
+
+
+@vlm(
+    "llama4",
+    "vlm",
+    "generates",
+    "multi_image",
+    "chunked",
+    "moe",
+    inputs=llama4_inputs,
+    processor=llama4_processor,
+    prompt=partial(dialogue, image="<|image|>"),
+)
 def llama4() -> Any:
     tower = {**WIDE_EYE, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
     experts = {"num_local_experts": 4, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96}
@@ -249,7 +349,32 @@ def phi4_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, An
     }
 
 
-@vlm("phi4_multimodal", "vlm", "generates", "tiles", inputs=phi4_inputs)
+def phi4_processor() -> Any:
+    class Counting(T.Phi4MultimodalImageProcessor):
+        """The library counts 16 x 16 features and 16 marks of a whole, which are 4 x 4 and 4 here."""
+
+        def preprocess(self, *args: Any, **kwargs: Any) -> Any:
+            made = super().preprocess(*args, **kwargs)
+            made["num_img_tokens"] = [int(count) - 16 * 17 + 4 * 5 for count in made["num_img_tokens"]]
+            return made
+
+    return T.Phi4MultimodalProcessor(
+        image_processor=Counting(size=square(64), patch_size=8, dynamic_hd=4),
+        audio_processor=T.Phi4MultimodalFeatureExtractor(),
+        tokenizer=tokenizer({"image_token": "<|image|>", "audio_token": "<|audio|>"}),
+        chat_template=chat("<|image|>"),
+    )
+
+
+@vlm(
+    "phi4_multimodal",
+    "vlm",
+    "generates",
+    "tiles",
+    inputs=phi4_inputs,
+    processor=phi4_processor,
+    prompt=partial(dialogue, image="<|image|>"),
+)
 def phi4_multimodal() -> Any:
     eye = {**WIDE_EYE, "crop_size": 64, "image_token_id": IMAGE}
     ear = {
@@ -282,6 +407,19 @@ def molmo2_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, 
     }
 
 
+def molmo2_processor() -> Any:
+    places = ("<im_start>", "<im_end>", "<low_res_im_start>", "<frame_start>", "<frame_end>")
+    more = ("<im_col>", "<im_low>", "<|image|>", "<|video|>")
+    return T.Molmo2Processor(
+        image_processor=T.Molmo2ImageProcessor(
+            size=square(48), patch_size=8, max_crops=4, overlap_margins=[1, 1], pooling_size=[2, 2]
+        ),
+        video_processor=T.Molmo2VideoProcessor(size=square(48), patch_size=8),
+        tokenizer=tokenizer(None, "<im_patch>", *places, *more, bos=False),
+        chat_template=chat("<|image|>"),
+    )
+
+
 @vlm(
     "molmo2",
     "vlm",
@@ -289,6 +427,8 @@ def molmo2_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[str, 
     "multi_image",
     "bidirectional",
     inputs=molmo2_inputs,
+    processor=molmo2_processor,
+    prompt=partial(dialogue, image="<|image|>"),
     needs=("transformers.models.molmo2",),
 )
 def molmo2() -> Any:
@@ -315,7 +455,29 @@ def molmo2() -> Any:
 # --- Janus and Chameleon: models that could also draw; the second reads pictures as codes
 
 
-@vlm("janus", "vlm", "generates", "multi_image", inputs=llava_inputs)
+def janus_processor() -> Any:
+    named = {
+        "image_token": "<image_placeholder>",
+        "boi_token": "<begin_of_image>",
+        "eoi_token": "<end_of_image>",
+    }
+    return T.JanusProcessor(
+        image_processor=T.JanusImageProcessor(size=square(48), min_size=8),
+        tokenizer=tokenizer(named),
+        chat_template=chat("<image_placeholder>"),
+        num_image_tokens=36,
+    )
+
+
+@vlm(
+    "janus",
+    "vlm",
+    "generates",
+    "multi_image",
+    inputs=llava_inputs,
+    processor=janus_processor,
+    prompt=partial(dialogue, image="<image_placeholder>"),
+)
 def janus() -> Any:
     return T.JanusForConditionalGeneration, T.JanusConfig(
         vision_config={**EYE, "mlp_ratio": 2, "projection_dim": 64, "num_image_tokens": 36},
@@ -330,7 +492,33 @@ def chameleon_inputs(images: Sequence[int] = ONE, side: str = "left") -> dict[st
     return {**ids, "pixel_values": noise(sum(images), 3, 8, 8)}
 
 
-@vlm("chameleon", "vlm", "generates", "multi_image", "codes", inputs=chameleon_inputs)
+def chameleon_processor() -> Any:
+    named = {
+        "image_token": "<image>",
+        "boi_token": "<racm3:break>",
+        "eoi_token": "<eoss>",
+        "sep_token": "<reserved08706>",
+    }
+    processor = T.ChameleonProcessor(
+        image_processor=T.ChameleonImageProcessor(size={"shortest_edge": 16}, crop_size=square(16)),
+        tokenizer=tokenizer(named),
+        image_seq_length=64,
+    )
+    processor.chat_template = chat("<image>")
+    return processor
+
+
+@vlm(
+    "chameleon",
+    "vlm",
+    "generates",
+    "multi_image",
+    "codes",
+    "convolutions",
+    inputs=chameleon_inputs,
+    processor=chameleon_processor,
+    prompt=partial(dialogue, image="<image>"),
+)
 def chameleon() -> Any:
     codes = {f"IMGIMG{chr(65 + i // 10)}{chr(65 + i % 10)}Z": 400 + i for i in range(16)}
     return T.ChameleonForConditionalGeneration, T.ChameleonConfig(
@@ -347,12 +535,29 @@ def florence2_inputs(batch: int = 2) -> dict[str, Any]:
     ids = torch.cat([torch.full((batch, 17), IMAGE), words(batch, 6)], 1)
     return {
         "input_ids": ids,
-        "pixel_values": noise(batch, 3, 64, 64),
+        "pixel_values": noise(batch, 3, 32, 32),
         "decoder_input_ids": words(batch, 6, seed=3),
     }
 
 
-@vlm("florence2", "encdec", "generates", "windows", inputs=florence2_inputs)
+def florence2_processor() -> Any:
+    eye = T.CLIPImageProcessor(size=square(32), do_center_crop=False)
+    eye.image_seq_length = 17
+    return T.Florence2Processor(
+        image_processor=eye, tokenizer=tokenizer({"image_token": "<image>"}, bos=False)
+    )
+
+
+@vlm(
+    "florence2",
+    "encdec",
+    "generates",
+    "windows",
+    "convolutions",
+    inputs=florence2_inputs,
+    processor=florence2_processor,
+    prompt=bare,
+)
 def florence2() -> Any:
     reader = {
         "encoder_layers": 2,
@@ -377,7 +582,7 @@ def florence2() -> Any:
     }
     patches = {
         "patch_size": [7, 3],
-        "patch_stride": [8, 2],
+        "patch_stride": [4, 2],
         "patch_padding": [3, 1],
         "patch_prenorm": [False, True],
     }

@@ -21,12 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from saccade.core.errors import InputError
-from saccade.core.probe import featurizer, lines, patch_of, silenced, trace
+from saccade.core.probe import featurizer, lines, patch_lines, patch_of, silenced, trace
 from saccade.core.runtime import Runtime
 from saccade.core.seams.plain import PlainHost
 from saccade.core.site import Site, match
+from saccade.models.towers import EMBEDDER
 
 SHOWN = 0.5  # of an element must be picture; the rest is padding that was mixed in
+ALIKE = 1.05  # how much larger the patches of a tile may be than those of another tile of the same view
 STEPS = 120  # pixels, or frames, that one ramp of 255 levels tells apart
 RAMPS = 8  # at most, along one side
 
@@ -180,12 +182,13 @@ class _Pixels:
         """`process` takes brightness, 0 to 1, of `shape`: frames, height, width. `sides` are the axes of
         that which are of interest."""
         self.inputs = process(torch.zeros(shape))
-        self.name = next(name for name in self.inputs if name.startswith("pixel_values"))
+        self.name = next(name for name in self.inputs if "pixel_values" in name)
         black = self.inputs[self.name].float()
         white = process(torch.ones(shape))[self.name].float()
         self.black, self.range = black, white - black
         self.shown = self.range.abs() > SHOWN * self.range.abs().max()
         self.packed = black.ndim < 4  # rows of patches instead of pictures
+        self.tiles = black.shape[: -2 if self.packed else -3].numel()
         self.patch = patch
         coordinates = []
         for axis in sides:
@@ -194,9 +197,10 @@ class _Pixels:
                 value += (process(ramp)[self.name].float() - black) / self.range
             coordinates.append((value * shape[axis] / _ramp_count(shape[axis])).where(self.shown, torch.nan))
         self.places = torch.stack(coordinates, -1)
-        self.cells = torch.stack(
-            [self._extent(c, shape[axis], axis) for c, axis in zip(coordinates, sides)], -2
-        )
+        extents = [self._extent(c, shape[axis], axis) for c, axis in zip(coordinates, sides)]
+        self.cells, self.lines = torch.stack(extents, -2), lines(black.shape, patch)
+        if black.ndim == 3:
+            self.cells, self.lines = _in_views(self.cells.view(*black.shape[:2], -1, 2))
 
     def _extent(self, coordinate: Tensor, limit: int, axis: int) -> Tensor:
         """Lowest and highest of every cell, half an element beyond the middles of its outer elements."""
@@ -209,7 +213,8 @@ class _Pixels:
             low, high = low.floor(), high.floor()
         else:  # a base view has other steps than its tiles
             steps = (high - low).masked_fill(gone, 0) / max(1, self.patch[axis - 1] - 1)
-            half = (steps if self.packed else steps.flatten(1)).amax(-1).view(-1, *[1] * (low.ndim - 1)) / 2
+            steps = steps.view(self.tiles, -1)
+            half = steps.amax(-1, keepdim=True).expand_as(steps).reshape(low.shape) / 2
             low, high = (low - half).clamp_min(0), (high + half).clamp_max(limit)
         return torch.stack([low, high], -1).masked_fill(gone[..., None], torch.nan)
 
@@ -229,6 +234,26 @@ class _Pixels:
         """Pixels that a picture could have; padding stays what it is."""
         drawn = torch.rand(self.black.shape, generator=torch.Generator().manual_seed(seed))
         return torch.where(self.shown, self.black + drawn * self.range, self.black)
+
+
+def _in_views(extents: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Cells (views, rows, columns, sides, 2), and the lines, of patches in rows with these extents (tiles, patches,
+    sides, 2). Tiles whose patches are of one size are parts of one view, unless they are frames."""
+    sizes = (extents[..., 1] - extents[..., 0])[..., :2].nan_to_num(0).amax(1)  # (tiles, sides)
+    view = torch.arange(len(sizes))
+    if extents.shape[-2] == 2:
+        ratio = sizes[:, None] / sizes
+        view = ((ratio < ALIKE) & (ratio > 1 / ALIKE)).all(-1).int().argmax(1).unique(return_inverse=True)[1]
+    axes = patch_lines(extents[..., :2, :].mean(-1) / sizes[:, None], view)
+    shape = [int(axis.max()) + 1 for axis in axes]
+    table = torch.arange(int(np.prod(shape))).view(shape)
+    cell = table[torch.broadcast_tensors(*axes)].flatten()[:, None].expand(-1, extents.shape[-2])
+    empty = torch.full((table.numel(), extents.shape[-2]), torch.inf)
+    low, high = extents.flatten(0, 1).unbind(-1)
+    low = empty.scatter_reduce(0, cell, low.nan_to_num(torch.inf), "amin")
+    high = -empty.scatter_reduce(0, cell, (-high).nan_to_num(torch.inf), "amin")
+    cells = torch.stack([low, high], -1)
+    return cells.where(cells.isfinite(), torch.nan).view(*shape, -1, 2), axes
 
 
 def _ramps(shape: tuple[int, ...], axis: int) -> Iterator[Tensor]:
@@ -263,7 +288,7 @@ def _processed(
         except Exception as error:  # processors raise whatever befalls them
             problem = problem or error
             continue
-        if any(name.startswith("pixel_values") for name in made) and needed <= set(made):
+        if any("pixel_values" in name for name in made) and needed <= set(made):
             return made
     raise InputError(
         f"{type(processor).__name__} makes no {kind} for this model of a {kind}.",
@@ -309,10 +334,16 @@ def _probe(
         return [t[: len(t) // 2] for t in made] if crowded else made
 
     with silenced(host, site, caught):
-        parts = trace(read, pixels.noise(0), pixels.noise(1), lines(pixels.black.shape, pixels.patch))
+        parts = trace(read, pixels.noise(0), pixels.noise(1), pixels.lines)
+    if not parts[0][2].any() and not any(site.tower == "qformer" for site in host.sites):
+        raise InputError(
+            f"No feature of {kind}s of {type(host.model).__name__} comes from a place of its own.",
+            "look at this model without boxes",
+        )
     return tuple(Origin(*part, pixels.cells) for part in parts)
 
 
 def _fills_placeholders(model: nn.Module) -> bool:
     """False where text reads pictures by cross-attention instead."""
-    return hasattr(getattr(model, "base_model", model), "get_image_features")
+    base = getattr(model, "base_model", model)
+    return hasattr(base, "get_image_features") or hasattr(base, EMBEDDER)

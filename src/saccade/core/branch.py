@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,22 @@ if TYPE_CHECKING:
     from saccade.core.state import Sequence
 
 REDUCES = ("features", "tokens", "evict")  # these act on branches too
+ASSISTED = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 
 
 @dataclass
 class Branch:
     """Another prompt, with methods of its own, or on another model (which then keeps a cache of its own).
 
-    `from_step` is the generated token from which it is followed; it is given the answer so far.
+    `from_step` is the generated token from which it is followed; it is given the answer so far. `around` is entered
+    while its prompt is read.
     """
 
     inputs: Mapping[str, Any]
     methods: tuple[Method, ...] = ()
     model: nn.Module | None = None
     from_step: int = 0
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Open:
@@ -86,7 +90,7 @@ def step(
         if opened.cache is not None:
             found[id(opened)] = read(opened, ids)
     found |= _begin(run, pass_, rows)
-    if pass_.phase != "decode" and run.generating and not pass_.complete:
+    if pass_.phase != "decode" and not pass_.complete:
         return out
     base = logits[:rows, -1]
     for run.method in mixing:
@@ -158,16 +162,14 @@ def close(run: Run) -> None:
 
 
 def refuse_unverified(run: Run, given: Mapping[str, Any]) -> None:
-    """Assisted decoding feeds candidates that may be taken back, which what we remember cannot be."""
-    config = given.get("generation_config") or getattr(run.runtime.model, "generation_config", None)
-    asked = [
-        name
-        for name in ("assistant_model", "prompt_lookup_num_tokens")
-        if given.get(name) is not None or getattr(config, name, None) is not None
-    ]
-    if asked and run.tracked:
+    """Assisted decoding feeds candidates that may be taken back, which what we remember cannot be: what a method
+    keeps in `call.state` is refused when it is asked for."""
+    configs = (given.get("generation_config"), getattr(run.runtime.model, "generation_config", None))
+    told = [given, *(vars(config) for config in configs if config is not None)]
+    run.unverified = next((name for name in ASSISTED for options in told if options.get(name)), "")
+    if run.unverified and run.tracked:
         raise InputError(
-            f"generate({asked[0]}=...) feeds tokens that are not yet decided, and tokens are missing or rows are "
+            f"generate({run.unverified}=...) feeds tokens that are not yet decided, and tokens are missing or rows are "
             "added in this session.",
             "generate without it",
         )
@@ -200,7 +202,8 @@ def open_branch(method: Method, branch: Branch, run: Run, answer: Tensor, cache:
             {**host.extra(host.positioned(branch.inputs), last_only=True), "use_cache": True}
         )
         reductions = tuple(run.overriding(*REDUCES))
-        out, side = runtime.side_pass(own, branch.methods, tracked=True, reductions=reductions)
+        with branch.around():
+            out, side = runtime.side_pass(own, branch.methods, tracked=True, reductions=reductions)
         opened = Open(branch, method, side, mask, host.last_position(side).repeat_interleave(repeats, 0))
         opened.cache = own["past_key_values"]
     opened.cache.batch_repeat_interleave(repeats)

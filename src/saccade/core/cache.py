@@ -42,6 +42,7 @@ class TrackedLayer(DynamicLayer):
         )
         self.call_pos: Tensor | None = None  # `pos` as the running call sees it
         self.shift: Tensor | None = None  # (batch,) by how much positions were closed up
+        self.beside: TrackedLayer | None = None  # what the same layer holds of the encoder
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -127,6 +128,8 @@ class TrackedLayer(DynamicLayer):
                 "Tokens are missing from this cache, and no method is attached that takes any out.",
                 "go on inside of the session that thinned it, or one like it; or begin without past_key_values",
             )
+        if self.beside is not None:
+            self.beside.check()
 
     def _whole(self) -> bool:
         """Nothing but what a window forgets is missing."""
@@ -211,14 +214,17 @@ class TrackedLayer(DynamicLayer):
 
 def track(cache: Cache) -> Cache:
     """Exchange the layers of a cache for tracked ones, what they hold included."""
-    decoder = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if getattr(decoder, "offloading", False):
+    if isinstance(cache, EncoderDecoderCache):
+        track(cache.self_attention_cache)
+        track(cache.cross_attention_cache)
+        return cache
+    if getattr(cache, "offloading", False):
         raise _refused("an offloaded cache")
-    if decoder.layer_class_to_replicate is DynamicLayer:
-        decoder.layer_class_to_replicate = TrackedLayer
-    decoder.layers[:] = [
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = TrackedLayer
+    cache.layers[:] = [
         layer if type(layer) is TrackedLayer or type(layer).__name__ == "DummyLayer" else _tracked(layer)
-        for layer in decoder.layers
+        for layer in cache.layers
     ]  # a dummy stands where a layer reads the entries of another
     return cache
 
@@ -264,8 +270,9 @@ def forked(cache: Cache) -> Cache:
     return fork
 
 
-def new_cache(config: Any) -> DynamicCache:
-    return DynamicCache(config=config)
+def new_cache(config: Any, encoder_decoder: bool = False) -> Cache:
+    own = DynamicCache(config=config)
+    return EncoderDecoderCache(own, DynamicCache()) if encoder_decoder else own
 
 
 def fit_mask(

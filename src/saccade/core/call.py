@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from saccade.core.errors import InputError
 
 if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
     from saccade.core.layout import Layout
     from saccade.core.method import Method
     from saccade.core.passes import Pass, Run
@@ -28,7 +30,7 @@ class AttentionCall:
     """Queries (batch, heads, queries, dim); keys and values (batch, key heads, keys, dim), not repeated.
 
     `mask` is what the native operator gets: None, bool (True attends) or additive, (batch, heads or 1,
-    queries, keys), or (batch, keys) where a kernel wants padding only. `causal` and `window` say what
+    queries, keys), (batch, keys) where a kernel wants padding only, or flex attention's `BlockMask`. `causal` and `window` say what
     the operator adds to it by itself.
     """
 
@@ -133,10 +135,14 @@ class AttentionCall:
     def qpos(self) -> Tensor:
         """Logical position of every query: (queries,), or (batch, queries) where some are missing, -1 for fillers."""
         if self.keep is not None:
-            start = self.pass_.start if self.site.kind == "self" else 0
-            return torch.where(self.keep < 0, -1, self.keep + start)
+            return torch.where(self.keep < 0, -1, self.keep + self.pass_.logical_start(self.site))
         last = self.pass_.logical_end(self.site, self.q.shape[2])
         return torch.arange(last - self.q.shape[2], last, device=self.q.device)
+
+    @property
+    def appended(self) -> slice:
+        """Which of the queries, and of the keys, are tokens that methods appended."""
+        return self.pass_.appended(self.site)
 
     @property
     def kpos(self) -> Tensor:
@@ -312,6 +318,8 @@ class AttentionCall:
         queries, keys = self.q.shape[2], self.k.shape[2]
         given = (self.mask, self.causal, self.window, self.segments)
         mask, causal, window, segments = (self._unbiased if native else None) or given
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = dense(mask, queries, keys)
         if mask is not None and mask.ndim == 4:
             return take_rows(mask, span) if mask.shape[2] == queries else mask
         if queries == 1 or (isinstance(span, slice) and span.start >= queries - 1):
@@ -458,3 +466,11 @@ def _same(a: Span, b: Span) -> bool:
 
 def _key(span: Span) -> Any:
     return (span.start, span.stop) if isinstance(span, slice) else id(span)
+
+
+def dense(mask: BlockMask, queries: int, keys: int) -> Tensor:
+    """What a mask of blocks stands for: (batch or 1, heads or 1, queries, keys), bool."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    batch, heads = mask.shape[:2]
+    return create_mask(mask.mask_mod, batch, heads, queries, keys, device=mask.kv_num_blocks.device)

@@ -16,7 +16,7 @@ class Card:
     slug: str
     name: str
     kind: Kind
-    family: str  # the folder: reduction, steering, probes, diffusion, training, gaze
+    family: str  # the folder: reduction, steering, probes, diffusion, training, gaze, ...
     form: str  # method, layer, backbone, model, loss, tuning, conversion, probe, metric, ...
     target: str  # what it applies to, in the ledger's words
     paper: str  # title, authors, year

@@ -6,8 +6,8 @@
 Attention is counted whole; a kernel that leaves out what the causal rule hides does up to half of its products
 in the prefill. Of experts as many are counted as a token needs, though a batch may read more. Left out are
 norms, rotations, convolutions, other products without weights, all that stands outside of layers, and
-what a method computes by itself, extra passes too. So these are bounds: with all that no method spares a gain
-is smaller.
+what a method computes by itself; a further pass of the model that it asks for is counted. So these are bounds:
+with all that no method spares a gain is smaller.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from torch import Tensor, nn
 
 from saccade.core.errors import InputError
 from saccade.core.method import Method, option
+from saccade.core.seams.transformers import unfolding
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
     from saccade.core.call import AttentionCall
     from saccade.core.passes import Pass, Run
-
-OVER_KEYS = "kv_b_proj"  # unfolds all that a cache of latents holds, in every pass
 
 
 @dataclass
@@ -71,6 +70,15 @@ class Count(Method):
     sites: Any = option("*.self", "where: a pattern of self-attention sites")
 
     def begin(self, run: Run) -> None:
+        self._log(run)
+
+    def _log(self, run: Run) -> _Log:
+        state = run.state_of(self)
+        if "log" not in state:
+            state["log"] = _Log(self._weights(run))
+        return state["log"]
+
+    def _weights(self, run: Run) -> dict[Site, _Weights]:
         host, sites = run.runtime.host, run.places(self, "observe")
         names = [type(method).__name__ for method in run.overriding("branches", "replace", "skip")]
         if names or host.samples:
@@ -94,7 +102,7 @@ class Count(Method):
                 f"{type(host.model).__name__} has no layers around its attention, and layers are counted.",
                 "measure its time",
             )
-        run.state["log"] = _Log(weights)
+        return weights
 
     def observe(self, call: AttentionCall) -> None:
         log: _Log = call.run.state["log"]
@@ -107,18 +115,24 @@ class Count(Method):
         if main and call.pass_ is not log.last:
             log.last = call.pass_
             cost.passes += 1
-        batch, heads, queries, width = call.q.shape
-        keys = call.k.shape[2]
-        products = batch * heads * queries * keys * (width + call.v.shape[3])
-        cost.flops[site.tower] += 2 * (
-            weights.by_token * batch * queries + weights.by_key * batch * keys + products
-        )
-        cost.read[site.tower] += weights.bytes + call.k.nbytes + call.v.nbytes
+        weights.charge(cost, call)
+        batch, _, queries, _ = call.q.shape
         cost.tokens[layer] += batch * queries
         if main:
             log.add("padding", phase, layer, ~call.queries("all"))
             if phase == "prefill" and call.qlayout.named:
                 log.add("visual", phase, layer, call.queries("visual"))
+
+    def extra(self, run: Run, grad: bool) -> Method:
+        if grad:
+            names = ", ".join(type(method).__name__ for method in run.methods if method is not self)
+            raise InputError(
+                f"{names} differentiates, which costs what shapes of attention do not tell.",
+                "measure its time",
+            )
+        log = self._log(run)
+        phase = "decode" if run.last and run.last.phase == "decode" else "prefill"
+        return _Extra(layers=log.weights, cost=log.costs[phase], sites=self.sites)
 
     def end(self, run: Run) -> dict[str, Cost]:
         log: _Log = run.state["log"]
@@ -148,6 +162,26 @@ class _Weights(NamedTuple):
     by_key: int
     bytes: int
 
+    def charge(self, cost: Cost, call: AttentionCall) -> None:
+        """FLOPs and bytes of a layer in one pass."""
+        batch, heads, queries, width = call.q.shape
+        keys, tower = call.k.shape[2], call.site.tower
+        products = batch * heads * queries * keys * (width + call.v.shape[3])
+        cost.flops[tower] += 2 * (self.by_token * batch * queries + self.by_key * batch * keys + products)
+        cost.read[tower] += self.bytes + call.k.nbytes + call.v.nbytes
+
+
+@dataclass(eq=False, kw_only=True)
+class _Extra(Method):
+    """Adds what a further pass costs to the phase in which a method asked for it."""
+
+    layers: dict[Site, _Weights]
+    cost: Cost
+
+    def observe(self, call: AttentionCall) -> None:
+        if call.site in self.layers:
+            self.layers[call.site].charge(self.cost, call)
+
 
 @dataclass
 class _Log:
@@ -165,13 +199,14 @@ def _weights(site: Site, layer: Site, inside: Sequence[Site]) -> _Weights:
     """Of the layer, but for what belongs to another attention in it; of a second attention, its own alone."""
     around = site if site.index is None else layer
     others = tuple(f"{s.path}." for s in inside if s is not site)
+    over_keys = unfolding(site.module)
     by_token = by_key = size = 0
     for name, module in around.module.named_modules():
         if f"{around.path}.{name}.".startswith(others):
             continue
         for parameters, memory in _maps(module, around):
             size += memory
-            if name.endswith(OVER_KEYS) and hasattr(site.module, "expand_kv"):
+            if module is over_keys:
                 by_key += parameters
             else:
                 by_token += parameters

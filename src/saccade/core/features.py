@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
     from saccade.core.method import Method
     from saccade.core.passes import Run
+    from saccade.core.seams.projector import Projection
     from saccade.core.site import Site
+    from saccade.core.tokens import Tokens
 
 
 @dataclass
 class Item:
-    """One picture, tile or clip, behind the projector."""
+    """One picture, tile or clip, before or behind the projector."""
 
     kind: str  # image or video
     index: int  # in the order of the prompt
@@ -33,10 +35,13 @@ class Item:
     box: Tensor | None  # (tokens, 4) in the original picture, where it is known
     run: Run
     first: int = 0  # place of its first feature among those of all items
+    stage: str = "after"  # of the projector, or before
+    merges: str = ""  # why one of its tokens makes no feature of its own, if so
 
     def from_tower(self, site: Site, calls: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Values that a site of the tower gave its tokens, (tiles, tokens) call after call, as the mean of those
         that each feature is made of; and the tile of each feature: (tokens,), NaN and -1 for separators."""
+        self._refuse_merged("asks where the features come from")
         values = torch.cat([call.flatten() for call in calls])
         made_of, tokens = sources(self.run.runtime, self.inputs, self.kind, site)
         if tokens != values.shape[0]:
@@ -61,6 +66,7 @@ class Item:
     def grid(self) -> Tensor:
         """Tile (or frame), row and column of every feature, (tokens, 3), counted from 0 among those of its tile that
         are there; -1 for separators."""
+        self._refuse_merged("asks for rows and columns")
         packed: Tensor | None = self.inputs.get(f"{self.kind}_grid_thw")
         if packed is not None:
             frames, height, width = packed[self.index].tolist()
@@ -81,12 +87,53 @@ class Item:
                 mine[own, axis] = mine[own, axis].unique(return_inverse=True)[1]
         return mine
 
+    def edited(self, answer: Tokens | None, stays: Tensor) -> Tensor:
+        """The item's tokens with the values that were given for those that stay; what does not stay leaves `stays`."""
+        if answer is None:
+            return self.x
+        if answer.append is not None:
+            raise InputError(
+                "Tokens were appended to features, which fill the placeholders of the prompt.",
+                "append them before a layer of the vision tower (the tokens event)",
+            )
+        index = answer.index(1, self.x.shape[0])[0].to(self.x.device)
+        index = index[index >= 0]
+        if index.shape[0] < self.x.shape[0]:
+            self._refuse_merged("drops tokens")
+            mine = torch.zeros_like(stays)
+            mine[index] = True
+            stays &= mine
+        self.run.renumbers = self.run.renumbers or answer.positions == "renumber"
+        if answer.values is None:
+            return self.x
+        if answer.values.shape[-2] != index.shape[0]:
+            raise InputError(
+                f"{answer.values.shape[-2]} values were given for {index.shape[0]} features that stay.",
+                "give one of each, in their order",
+            )
+        x = self.x.clone()
+        x[index] = answer.values.reshape(-1, x.shape[-1]).to(x.dtype)
+        return x
+
+    def _refuse_merged(self, does: str) -> None:
+        if self.merges:
+            raise InputError(
+                f"{type(self.run.method).__name__} {does} before the projector, but {self.merges}.",
+                "let it act on the features behind the projector (stage='after'), or use a model whose projector "
+                "leaves every token alone, such as LLaVA",
+            )
+
 
 def choose(
-    kind: str, parts: Sequence[Tensor], methods: Sequence[Method], inputs: Mapping[str, Any], run: Run
+    kind: str,
+    parts: Sequence[Tensor],
+    methods: Sequence[Method],
+    inputs: Mapping[str, Any],
+    run: Run,
+    projection: Projection | None = None,
 ) -> list[Tensor]:
-    """Ask the methods which features go on. The others keep their slots, which layer 0 then leaves out:
-    the model counts features and placeholders."""
+    """Ask the methods which features go on, those first that act on what the projector read. The others keep their
+    slots, which layer 0 then leaves out: the model counts features and placeholders."""
     ids = run.prompt_ids()
     placeholder = run.runtime.host.vocabulary.placeholders.get(kind)
     if ids is None or placeholder is None:
@@ -107,38 +154,53 @@ def choose(
     real = torch.ones_like(slots) if mask is None else mask[:, -ids.shape[1] :].to(slots.device) != 0
     boxes = run.boxes.get(kind)
     located = [None] * len(parts) if boxes is None else boxes.split(given)
-    kept, changed = [], []
-    for index, (x, sample) in enumerate(zip(parts, owners, strict=True)):
-        stays = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
-        question = ids[sample][~slots[sample] & real[sample]]
-        for method in methods:
-            run.method = method
-            item = Item(kind, index, sample, x, question, inputs, located[index], run, sum(given[:index]))
-            answer = method.features(item)
-            if answer is None:
-                continue
-            index_kept = answer.index(1, x.shape[0])[0].to(x.device)
-            index_kept = index_kept[index_kept >= 0]
-            mine = torch.zeros_like(stays)
-            mine[index_kept] = True
-            stays &= mine
-            if answer.values is not None:
-                if answer.values.shape[-2] != index_kept.shape[0]:
-                    raise InputError(
-                        f"{answer.values.shape[-2]} values were given for {index_kept.shape[0]} features that stay.",
-                        "give one of each, in their order",
-                    )
-                x = x.clone()
-                x[index_kept] = answer.values.reshape(-1, x.shape[-1]).to(x.dtype)
-            run.renumbers = run.renumbers or answer.positions == "renumber"
-        if not bool(stays.any()):
+    stays = [torch.ones(count, dtype=torch.bool, device=p.device) for count, p in zip(given, parts)]
+
+    def asked(stage: str, xs: Sequence[Tensor], merges: str = "") -> list[Tensor]:
+        """What the methods of a stage make of the items' tokens."""
+        changed = []
+        for index, (x, sample) in enumerate(zip(xs, owners, strict=True)):
+            question = ids[sample][~slots[sample] & real[sample]]
+            box, first = None if merges else located[index], sum(given[:index])
+            for method in (m for m in methods if m.stage == stage):
+                run.method = method
+                item = Item(kind, index, sample, x, question, inputs, box, run, first, stage, merges)
+                x = item.edited(method.features(item), stays[index])
+            changed.append(x)
+        return changed
+
+    early = next((method for method in methods if method.stage == "before"), None)
+    if early is not None:
+        projection = _check(projection, early, parts, run)
+        tokens = projection.shares(given)
+        changed = asked("before", tokens, projection.merges)
+        if any(new is not old for new, old in zip(changed, tokens)):
+            parts = projection.of(torch.cat(changed)).split(given)
+    changed = asked("after", parts)
+    for index, mine in enumerate(stays):
+        if not bool(mine.any()):
             raise InputError(f"No feature of {kind} {index} is left.", "let the methods keep some in common")
-        kept.append(stays)
-        changed.append(x)
     removed = torch.zeros_like(slots) if run.removed is None else run.removed
-    removed[slots] = ~torch.cat(kept).to(slots.device)
+    removed[slots] = ~torch.cat(stays).to(slots.device)
     run.removed = removed
     return changed
+
+
+def _check(projection: Projection | None, method: Method, parts: Sequence[Tensor], run: Run) -> Projection:
+    """Refuse a model of which it is not known how its features come from what the projector reads."""
+    model = type(run.runtime.model).__name__
+    if projection is None:
+        why = f"no module behind the vision tower of {model} makes features"
+    elif not projection.gives(parts):
+        why = f"{model} changes or rearranges what {type(projection.module).__name__} makes"
+    elif len(projection.tokens) % len(projection.features):
+        why = projection.merges
+    else:
+        return projection
+    raise InputError(
+        f"{type(method).__name__} acts before the projector, but {why}.",
+        "let it act on the features behind the projector (stage='after'), or use a model such as LLaVA",
+    )
 
 
 def refuse_unnamed(run: Run) -> None:

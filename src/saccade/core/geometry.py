@@ -41,10 +41,15 @@ def of_picture(values: Tensor, boxes: Tensor) -> Tensor:
 
 def covered(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
     """The cells (rows, columns) most of which boxes cover, bool."""
-    placed = boxes[boxes.isfinite().all(-1)].double()
-    x = _overlap(placed[:, 0], placed[:, 2], size[0], shape[1])
-    y = _overlap(placed[:, 1], placed[:, 3], size[1], shape[0])
-    return (y.T @ x) * shape[0] * shape[1] > 0.5 * size[0] * size[1]
+    return cover(boxes, size, shape).sum(0) > 0.5
+
+
+def cover(boxes: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """How much of every cell each box covers, 0 to 1: (boxes, rows, columns)."""
+    boxes = boxes.where(boxes.isfinite().all(-1, keepdim=True), 0).double()
+    x = _overlap(boxes[:, 0], boxes[:, 2], size[0], shape[1]) * (shape[1] / size[0])
+    y = _overlap(boxes[:, 1], boxes[:, 3], size[1], shape[0]) * (shape[0] / size[1])
+    return y[:, :, None] * x[:, None, :]
 
 
 def cells(boxes: Tensor, size: tuple[int, int]) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Layout:
     sample: Tensor  # (batch,), row of the caller's batch: beams of one sample share it
     box: Tensor | None = None  # (batch, tokens, 4) x0 y0 x1 y1 in the original picture, NaN for none
     named: bool = True  # False where no ids were given, so that kinds are unknown
+    ended: bool = True  # False where more of the prompt will come
     words: Callable[[str], list[list[int]]] | None = (
         None  # columns of a word or phrase, by row; None: no words known
     )
@@ -88,7 +89,8 @@ class Layout:
 
     @cached_property
     def _last(self) -> Tensor:
-        return self._all & (self._all.flip(1).cumsum(1).flip(1) == 1)
+        last = self._all & (self._all.flip(1).cumsum(1).flip(1) == 1)
+        return last if self.ended else torch.zeros_like(last)
 
     @cached_property
     def _visual(self) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from saccade.core.errors import InputError
-from saccade.core.geometry import cells, on_picture, spread
+from saccade.core.geometry import cells, cover, covered, on_picture, spread
 from saccade.core.layout import KINDS
 from saccade.core.site import Site, layers
 
@@ -45,6 +45,7 @@ class Map:
     space: int  # the layout of the columns
     sites: list[Site]
     caption: str = ""
+    gone: Tensor | None = None  # like `tensor`, bool: keys that were not there, so without weight
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -92,6 +93,23 @@ class Map:
         each = spread(self._places(item), self.size(item), self.cells(item)).to(self.tensor)
         return (self.tensor.movedim(self._axis("column"), -1) @ each.flatten(1)).unflatten(-1, each.shape[1:])
 
+    def absent(self, item: int = 0) -> np.ndarray:
+        """The places of `grid` that no token showed, for they were removed: bool."""
+        found: np.ndarray = self._flat().absents(item).numpy()
+        return found
+
+    def absents(self, item: int = 0) -> Tensor:
+        """The same by all other axes: (..., rows, columns), or (rows, columns) where it is the same in all."""
+        size, shape, boxes = self.size(item), self.cells(item), self._places(item)
+        shown = covered(self._boxes(item), size, shape)
+        if self.recording.options["columns"] == "sinks":  # of the others nothing is known
+            return torch.zeros_like(shown)
+        there = boxes.isfinite().all(-1)
+        if self.gone is not None and (gone := self.gone.movedim(self._axis("column"), -1)[..., there]).any():
+            each = cover(boxes[there], size, shape).flatten(1).float()
+            return shown & (((~gone).float() @ each).unflatten(-1, shape) <= 0.5)
+        return shown & ~covered(boxes, size, shape)
+
     def cells(self, item: int = 0) -> tuple[int, int]:
         """Rows and columns of a picture that are as coarse as its tokens are."""
         return cells(self._boxes(item), self.size(item))
@@ -100,7 +118,8 @@ class Map:
         """The picture with this map over it."""
         from saccade.report import overlay
 
-        return overlay.overlay(image or self.picture(item), self.grid(item), self.caption)
+        image = image or self.picture(item)
+        return overlay.overlay(image, self.grid(item), self.caption, gone=self.absent(item))
 
     def picture(self, item: int = 0) -> Image:
         """The picture as it was kept, or a grey one."""
@@ -153,13 +172,16 @@ class Map:
             if smaller.tensor.shape[at] == 0:
                 raise InputError(f"This map is empty along {axis!r}.", "record rows and columns that exist")
             labels = {name: value for name, value in smaller.labels.items() if name != axis}
-            smaller = replace(smaller, tensor=reduction(smaller.tensor, at), labels=labels)
+            gone = None if smaller.gone is None else smaller.gone.all(at)
+            smaller = replace(smaller, tensor=reduction(smaller.tensor, at), labels=labels, gone=gone)
         return smaller
 
     def _choose(self, axis: str, index: list[int]) -> Map:
         at = self._axis(axis)
         labels = {**self.labels, axis: tuple(self.labels[axis][i] for i in index)}
-        return replace(self, tensor=self.tensor.index_select(at, torch.tensor(index)), labels=labels)
+        chosen = torch.tensor(index)
+        gone = None if self.gone is None else self.gone.index_select(at, chosen)
+        return replace(self, tensor=self.tensor.index_select(at, chosen), labels=labels, gone=gone)
 
     def _flat(self) -> Map:
         self._axis("column")

@@ -31,6 +31,7 @@ SAMPLING_EVENTS = ("enter", "denoise", "step")  # of a pipeline of diffusers
 RUN_EVENTS = ("features", "branches", "prediction", *SAMPLING_EVENTS)
 EVENTS = (*SITE_EVENTS, *RUN_EVENTS)
 PHASES = ("prefill", "extend", "decode", "denoise")
+STAGES = ("before", "after")
 
 Sites = str | tuple[str, ...] | Mapping[str, "str | tuple[str, ...]"]
 
@@ -55,6 +56,7 @@ class Method(System):
         "all", "rows of the batch that the events of a call see: all; in sampling cond, uncond"
     )
     phases: tuple[str, ...] = option(PHASES, "passes in which the method acts")
+    stage = "after"  # whether `features` sees them before or after the projector; a subclass may make it an option
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,6 +77,7 @@ class Method(System):
         for name, given, known in (
             ("phases", self.phases, PHASES),
             ("sites", self.sites if isinstance(self.sites, Mapping) else (), EVENTS),
+            ("stage", (self.stage,), STAGES),
         ):
             for word in given:
                 if word not in known:
@@ -87,14 +90,23 @@ class Method(System):
         """Measure what the method needs to know of a model; the session saves it under the method's name."""
         raise NotImplementedError
 
+    def kept_as(self) -> str:
+        """Under which name the session keeps what `calibrate` measured."""
+        return self.card.slug
+
     def begin(self, run: Run) -> None:
         """Before a generation, or before a forward that starts a sequence of its own."""
 
     def end(self, run: Run) -> Any:
         """After it. What is returned is kept in `session.results[slug]`."""
 
+    def extra(self, run: Run, grad: bool) -> Method | None:
+        """What acts for this method in a further pass that another one asks for by `run.forward`."""
+        return None
+
     def features(self, item: Item) -> Tokens | None:
-        """Which features of a picture go to the text tower, and what stands for them."""
+        """Which features of a picture go to the text tower, and what stands for them; or, with stage="before", for
+        what the projector makes them of."""
         return None
 
     def branches(self, run: Run) -> Iterable[Branch]:

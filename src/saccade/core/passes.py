@@ -61,6 +61,7 @@ class Run:
     last: Pass | None = None  # the newest
     cache: Any = None  # that the newest pass grew
     tracked: bool = False  # tokens may be missing, so the cache must know its positions
+    unverified: str = ""  # the option by which `generate()` feeds tokens that may be taken back
     waiting: list[tuple[Method, Branch]] | None = None  # branches that have not begun
     sampling: Any = None  # of a pipeline of diffusers, what stands around it
     _states: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -107,19 +108,37 @@ class Run:
 
         `last_only` spares the logits of all positions but the last, where the model can.
         """
-        return self.runtime.extra_pass(inputs, tuple(methods), grad, last_only)
+        beside = [extra for one in self.methods if (extra := one.extra(self, grad))]
+        return self.runtime.extra_pass(inputs, (*methods, *beside), grad, last_only)
 
     def unembed(self, h: Tensor, norm: bool = True) -> Tensor:
         """Logits that the model's own head gives to hidden states (..., width)."""
         return self.runtime.unembed(h, norm)
 
+    def final(self, h: Tensor) -> Tensor:
+        """What goes to the model's head, of what the last layer gives (..., width)."""
+        return self.runtime.head.before(h)
+
     def matrices(self, site: str) -> Matrices:
         """W_q, W_k, W_v and W_o of the heads of a self-attention, such as `text.3.self`."""
-        return self.runtime.matrices(site)
+        return self.runtime.linears(site).matrices()
+
+    def taking(self, site: Site, heads: Tensor, made: Tensor) -> tuple[Tensor, Tensor | float]:
+        """W_o (heads * dim, width) and the bias with which an attention makes what it gives (..., width) of its
+        heads' outputs (..., heads * dim)."""
+        return self.runtime.taking(site, heads, made)
+
+    def readout(self) -> tuple[nn.LayerNorm, nn.Linear]:
+        """The norm and the projection that make CLIP's vector of a picture of its class token."""
+        return self.runtime.readout()
 
     def norm(self, site: str) -> nn.Module:
         """The norm right before attention, or an mlp."""
         return self.runtime.norm(site)
+
+    def projector(self, inputs: Mapping[str, Any]) -> nn.Module:
+        """The module that makes features of the vision tower's tokens, found on the pictures of a prompt."""
+        return self.runtime.projector(inputs)
 
     def mlp(self, site: str, h: Tensor) -> Tensor:
         """What an mlp, such as `text.0.mlp`, and the norm before it make of hidden states (..., width)."""
@@ -161,7 +180,7 @@ class Run:
     def calibration(self) -> dict[str, Tensor]:
         """What the running method measured of this model, by `session.calibrate`."""
         if "calibration" not in self.state:
-            self.state["calibration"] = calibration.load(self.method.card.slug, self.runtime.model)
+            self.state["calibration"] = calibration.load(self.method.kept_as(), self.runtime.model)
         return self.state["calibration"]
 
     def go_on(self, inputs: dict[str, Any]) -> None:
@@ -330,14 +349,16 @@ class Pass:
     @property
     def complete(self) -> bool:
         """The whole prompt has been read: it may come in pieces."""
-        prompt = self.run.inputs.get("input_ids")
+        prompt = self.run._prompt_ids()
         return prompt is None or self.sequence.length >= prompt.shape[1]
 
-    @property
-    def unfinished(self) -> bool:
-        """More chunks of the prompt will come: this one may lose all of its tokens."""
-        prompt = self.run._prompt_ids()
-        return prompt is not None and self.sequence.length < prompt.shape[1]
+    def check_complete(self, what: str = "judges by the prompt's last words") -> None:
+        """Refuse a prompt of which more will come."""
+        if not self.complete:
+            raise InputError(
+                f"{type(self.run.method).__name__} {what}, and the prompt comes in pieces.",
+                "generate without prefill_chunk_size",
+            )
 
     def only(self, name: str) -> Self:
         """The same pass as these rows of its batch see it."""
@@ -345,6 +366,10 @@ class Pass:
         part.rows = {name: torch.arange(len(self.rows[name]), device=self.rows[name].device)}
         part._spans, part._spaces, part._layouts = {}, {}, {}
         return part
+
+    def logical_start(self, site: Site) -> int:
+        """Position of the pass' first token in the site's space: a tower beside the text begins anew."""
+        return self.start if self._sequential(site) and site.kind == "self" else 0
 
     def logical_end(self, site: Site, tokens: int) -> int:
         """Position after the last token of the site's space, which shows `tokens` of it."""
@@ -362,15 +387,23 @@ class Pass:
         if key not in self._layouts:
             tokens = call.q.shape[2] if call.keep is None else self.full(site)
             queries = self.layout_of(site, call.q.shape[0], tokens, call.q.device)
-            keys = queries if site.kind == "self" else self._space(f"{site.tower}.context", call.k, site)
+            keys = queries if site.kind == "self" else self._context(call)
             self._layouts[key] = (queries, keys)
         return self._layouts[key]
+
+    def _context(self, call: AttentionCall) -> Layout:
+        """Of the other sequence, keys that left included."""
+        held = None if call.pos is None else self.held(getattr(call.site.module, "layer_idx", None), "cross")
+        shape = call.k.shape[0], 0, call.k.shape[2] if held is None else held.seen, 0
+        return self._space(f"{call.site.tower}.context", call.k.new_empty(shape), call.site)
 
     def span(self, rows: str, call: AttentionCall) -> Span:
         """Named rows of a call: `last` by sample, the others as the smallest slice that holds them."""
         queries = call.q.shape[2]
         if rows == "all" or (rows == "last" and queries == 1):
             return slice(0, queries)
+        if rows == "last" and self._sequential(call.site):
+            self.check_complete("asks for the prompt's last row")
         key = (rows, call.site.tower, queries, id(call.keep))
         if key not in self._spans:
             self._spans[key] = (
@@ -380,7 +413,8 @@ class Pass:
 
     def _last(self, call: AttentionCall, queries: int) -> Span:
         """The last real row of each sample: a slice unless there is padding on the right."""
-        last = slice(queries - 1, queries)
+        added = self.appended(call.site)
+        last = slice(added.start - 1, added.start) if added.stop else slice(queries - 1, queries)
         if (
             self.mask is None
             or not self._sequential(call.site)
@@ -399,9 +433,9 @@ class Pass:
         found = call.queries(rows).any(0).nonzero()[:, 0]
         return slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
 
-    def held(self, index: int | None) -> TrackedLayer | None:
-        """A layer of the cache."""
-        layers = self.run.runtime.host.cache_layers(self.run.cache)
+    def held(self, index: int | None, kind: str = "self") -> TrackedLayer | None:
+        """A layer of the cache, or with "cross" what it holds of another sequence."""
+        layers = self.run.runtime.host.cache_layers(self.run.cache, kind)
         return layers[index] if index is not None and index < len(layers) else None
 
     def removal(self, site: Site) -> Removal | None:
@@ -426,6 +460,16 @@ class Pass:
         removal = self.removal(site)
         assert removal is not None
         return removal.full
+
+    def places(self, site: Site) -> Tensor | None:
+        """Places of a self-attention's tokens (batch, tokens), -1 for what has none; None where all are there."""
+        removal = self.removal(site) if site.kind == "self" else None
+        return None if removal is None else removal.places
+
+    def appended(self, site: Site) -> slice:
+        """Where in the running layer the tokens stand that methods appended; (0, 0) where there are none."""
+        removal = self.removal(site)
+        return slice(0, 0) if removal is None or removal.appended is None else removal.behind
 
     def repairs(self, tower: str) -> bool:
         """Somebody reads the hidden states of every layer, which must have their full length."""
@@ -458,7 +502,8 @@ class Pass:
 
     def _space(self, name: str, states: Tensor, site: Site) -> Layout:
         if name == site.tower and self._sequential(site) and self.sequence.length:
-            return self.sequence.layout()
+            layout = self.sequence.layout()
+            return layout if self.complete else replace(layout, ended=False)
         key = (name, states.shape[0], states.shape[2])
         if key not in self._spaces:
             self._spaces[key] = self.run.boxed(self.run.runtime.host.space(name, states, self), name, site)
@@ -561,13 +606,18 @@ class HiddenCall:
         """Logical position of the first of the states, in the main sequence."""
         return self.pass_.start
 
+    @property
+    def appended(self) -> slice:
+        """Which of the states are tokens that methods appended."""
+        return self.pass_.appended(self.site)
+
     def rows(self, name: str, h: Tensor) -> Tensor:
         """Which of the states are tokens of a kind or segment: (batch, tokens, 1), bool."""
         removal = self.pass_.removal(self.site)
         tokens = h.shape[1] if removal is None else removal.full
         mask = self.pass_.layout_of(self.site, h.shape[0], tokens, h.device).where(name)[:, -tokens:]
         if removal is not None:
-            mask = mask.gather(1, removal.keep.clamp_min(0)) & (removal.keep >= 0)
+            mask = mask.gather(1, removal.places.clamp_min(0)) & (removal.places >= 0)
         return mask[:, :, None]
 
     def by_sample(self, t: Tensor) -> Tensor:

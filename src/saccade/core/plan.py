@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.core.cache import TrackedLayer
 from saccade.core.call import AttentionCall, Span, put_rows, take_rows
@@ -32,12 +32,19 @@ REACH = {
 def reach(site: Site) -> frozenset[str]:
     if site.kind == "layer":
         return REACH[site.seam] | {"tokens"}
-    return REACH[site.seam] if site.kind == "self" else REACH[site.seam] - {"evict"}
+    crossed = site.tower == "text" and getattr(site.module, "layer_idx", None) is not None  # and cached
+    return REACH[site.seam] if site.kind == "self" or crossed else REACH[site.seam] - {"evict"}
 
 
 def by_place(layer: Site) -> str:
     """What a layer is given for every token and every other one."""
     return min(BY_PLACE & set(inspect.signature(layer.module.forward).parameters), default="")
+
+
+def by_distance(module: nn.Module) -> bool:
+    """Whether it makes a term for every distance, and can be told how many keys there were."""
+    compute = getattr(module, "compute_bias", None)
+    return compute is not None and "past_seen_tokens" in inspect.signature(compute).parameters
 
 
 def rigid(layer: Site, sites: Sequence[Site]) -> str:
@@ -101,7 +108,8 @@ def make_plans(methods: Sequence[Method], sites: Sequence[Site]) -> dict[Site, P
                 layer = next(
                     (s for s in sites if s.kind == "layer" and site.path.startswith(f"{s.path}.")), None
                 )
-                if event == "evict" and layer is not None and (given := by_place(layer)):
+                counts = event == "evict" and site.kind == "self" and not by_distance(site.module)
+                if counts and layer is not None and (given := by_place(layer)):
                     raise AttachError(
                         f"{name} thins out the cache at {site.name} ({type(layer.module).__name__}), but its layers "
                         f"are given {given!r}, which counts the entries.",
@@ -306,7 +314,8 @@ def acting(call: AttentionCall, plan: Plan) -> list[Method]:
     found = []
     for method in plan.edits:
         call.pass_.run.method = method
-        if call.pass_.phase in method.phases and method.acts(call):
+        read = method.rows != "last" or call.pass_.complete  # else its last row has not come
+        if read and call.pass_.phase in method.phases and method.acts(call):
             found.append(method)
     return found
 

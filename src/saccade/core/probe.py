@@ -1,7 +1,8 @@
 """Where in its input a vision tower's tokens come from, asked of the tower itself.
 
-With its attention silenced a tower is local: exchanging chosen lines of its pixels tells which of them each
-token was made of. What gathers from everywhere (a class token) or nowhere (newlines) has no place.
+With its attention silenced, and convolutions kept to what lies below each of their outputs, a tower is local:
+exchanging chosen lines of its pixels tells which of them each token was made of. What gathers from everywhere (a
+class token, a mean) or nowhere (newlines) has no place.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.core.errors import InputError
 from saccade.core.seams.plain import PlainHost
 from saccade.core.site import Site
-from saccade.models.towers import CROSS_FEATURES
+from saccade.models.towers import CODES, CROSS_FEATURES, EMBEDDER, OVER_CHANNELS, OWN_RESIDUAL
 
 Test = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MOVED = 0.01  # of the change that a whole new picture makes: more is no rounding, also in quantised models
 PERIOD = 4  # the number of lines that are told apart at first; tokens that cover as many get more
+TRIED = 0.25  # of all cells are exchanged at once to see whether tokens come from where they seem to
 
 
 def lines(shape: torch.Size, patch: tuple[int, int]) -> list[Tensor]:
@@ -33,6 +37,27 @@ def lines(shape: torch.Size, patch: tuple[int, int]) -> list[Tensor]:
         return [torch.arange(shape[:-1].numel()).view(*shape[:-1], 1)]
     tiles = torch.arange(shape[:-3].numel()).view(*shape[:-3], 1, 1, 1)
     return [tiles, (torch.arange(shape[-2]) // patch[0])[:, None], torch.arange(shape[-1]) // patch[1]]
+
+
+def patch_lines(places: Tensor, view: Tensor) -> list[Tensor]:
+    """The same for patches that stand in rows, from the places (tiles, patches, 2) of their columns and rows, one
+    apart in every view and NaN for padding. Tiles of the same `view` (tiles,) share its lines."""
+    axes = [view[:, None, None]]
+    for axis in (1, 0):
+        line = torch.zeros(places.shape[:2], dtype=torch.long)
+        for one in view.unique():
+            line[view == one] = _ranks(places[view == one, :, axis])
+        axes.append(line[..., None])
+    return axes
+
+
+def _ranks(places: Tensor) -> Tensor:
+    """The number of each among all, those being one that lie close together."""
+    known = ~places.isnan()
+    ordered, order = places[known].sort()
+    steps = ordered.diff(prepend=ordered[:1]) > 0.5
+    ranks = torch.zeros_like(order).scatter(0, order, steps.cumsum(0))
+    return torch.zeros(places.shape, dtype=torch.long).masked_scatter(known, ranks)
 
 
 def trace(
@@ -53,8 +78,24 @@ def trace(
 
     ranges = [_covered(axis, test) for axis in axes]
     first, last = (torch.stack(part, -1) for part in zip(*ranges, strict=True))
+    counts, ends = [len(t) for t in before], torch.tensor([int(axis.max()) for axis in axes])
+    if ends.any():
+        alone = torch.tensor([count == 1 for count in counts]).repeat_interleave(torch.tensor(counts))
+        local &= alone | ~((first == 0) & (last == ends)).all(-1)
     last = last.where(local[:, None], first)
-    counts = [len(t) for t in before]
+    chosen = torch.rand(*(ends + 1).tolist(), generator=torch.Generator().manual_seed(0)) < TRIED
+    inside = torch.zeros_like(local)
+    for step in itertools.product(*(range(n + 1) for n in (last - first).amax(0).tolist())):
+        at = torch.minimum(first + torch.tensor(step), last).clamp(min=torch.zeros_like(ends), max=ends)
+        inside |= chosen[tuple(at.T)]
+    outside = ((last < first) | (last > ends)).any(-1)
+    stray = local & (outside | test(chosen[torch.broadcast_tensors(*axes)])[0] & ~inside)
+    if stray.any():
+        raise InputError(
+            f"{int(stray.sum())} of {len(stray)} tokens change with patches that are no neighbours of those that "
+            "they seem to be made of.",
+            "look at this model without boxes: nobody knows in which order it takes its patches",
+        )
     return list(zip(first.split(counts), last.split(counts), local.split(counts), strict=True))
 
 
@@ -95,19 +136,37 @@ def _rows(states: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def silenced(host: PlainHost, site: Site | None, caught: list[Tensor]) -> Iterator[None]:
-    """No attention, no dropout, and what comes to the site is caught."""
-    modules = {id(s.module): s.module for s in host.sites if s.kind in ("self", "cross", "joint")}
+    """No attention but that of a projector, which pools patches; nothing else that mixes places, no dropout; and
+    what comes to the site is caught."""
+    mixers: dict[nn.Module, Callable[..., Any]] = {}
+    for s in host.sites:
+        if s.kind in ("self", "cross", "joint") and s.tower != "projector":
+            mixers[s.module] = _unchanged if s.tower in OWN_RESIDUAL else _nothing
+    for module in host.model.modules():
+        if isinstance(module, nn.GroupNorm):
+            mixers[module] = _unchanged
+        elif isinstance(module, nn.Conv2d) and any(
+            size > step for size, step in zip(module.kernel_size, module.stride)
+        ):
+            mixers[module] = _own_stretch
     training = [module for module in host.model.modules() if module.training]
     with contextlib.ExitStack() as stack:
         for module in training:
             module.training = False
             stack.callback(setattr, module, "training", True)
-        for module in modules.values():
-            stack.callback(module.register_forward_hook(_nothing).remove)
+        for module, instead in mixers.items():
+            stack.callback(module.register_forward_hook(instead).remove)
         if site is not None:
 
-            def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                caught.append(_rows(next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))))
+            def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                states = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+                if states.ndim > 3 or site.path.endswith(OVER_CHANNELS):
+                    raise InputError(
+                        f"The tokens of {site.name} ({type(module).__name__}) have no known places: it attends "
+                        "within windows that it cuts by itself, or between channels.",
+                        "ask for boxes of the features, or at sites of the text",
+                    )
+                caught.append(_rows(states))
 
             stack.callback(site.module.register_forward_pre_hook(catch, with_kwargs=True).remove)
         yield
@@ -119,20 +178,43 @@ def _nothing(module: nn.Module, args: Any, output: Any) -> Any:
     return torch.zeros_like(output)
 
 
+def _unchanged(module: nn.Module, args: Any, output: Any) -> Tensor:
+    return args[0]
+
+
+def _own_stretch(conv: nn.Conv2d, args: Any, output: Any) -> Tensor:
+    """Of a convolution that overlaps itself what lies below each output: a stride, from the padding on."""
+    pads = [(k - 1) // 2 for k in conv.kernel_size] if isinstance(conv.padding, str) else conv.padding
+    own: Any = (..., *(slice(pad, pad + step) for pad, step in zip(pads, conv.stride)))
+    weight = torch.zeros_like(conv.weight)
+    weight[own] = conv.weight[own]
+    return F.conv2d(args[0], weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
 def featurizer(host: PlainHost, kind: str) -> tuple[Callable[[dict[str, Any]], Tensor], set[str]]:
     """From the processor's output to features (features, dim), and the arguments that this needs."""
     base: Any = getattr(host, "base", None)
     tower, projector = (getattr(base, name, None) for name in CROSS_FEATURES)
+    reads = any(site.tower == "text" and site.kind == "cross" for site in host.sites)
     known: Any
     get: Callable[..., Any]
     if hasattr(base, f"get_{kind}_features"):
         known = getattr(base, f"get_{kind}_features")
         get = functools.partial(known, return_dict=True)
-    elif kind == "image" and tower is not None and projector is not None:
+    elif kind == "image" and hasattr(base, EMBEDDER):
+        embedder, mark = getattr(base, EMBEDDER), host.vocabulary.placeholders["image"]
+        known = functools.partial(embedder.forward, inputs_embeds=None)
+
+        def get(input_ids: Tensor, **inputs: Any) -> Any:
+            words = host.model.get_input_embeddings()(input_ids)  # type: ignore[operator]
+            return embedder(input_ids=input_ids, **{**inputs, "inputs_embeds": words})[input_ids == mark]
+
+    elif kind == "image" and tower is not None and reads:
         known = tower.forward
 
         def get(**inputs: Any) -> Any:
-            return projector(tower(**inputs).last_hidden_state)
+            states = tower(**inputs).last_hidden_state
+            return states if projector is None else projector(states)
 
     else:
         raise InputError(
@@ -144,19 +226,25 @@ def featurizer(host: PlainHost, kind: str) -> tuple[Callable[[dict[str, Any]], T
 
     def features(inputs: dict[str, Any]) -> Tensor:
         out = get(**{name: value for name, value in inputs.items() if name in plain})
-        parts = getattr(out, "pooler_output", out)
-        return torch.cat([_rows(part) for part in ([parts] if isinstance(parts, Tensor) else parts)])
+        if getattr(out, CODES, None) is not None:
+            return _rows(out.last_hidden_state.flatten(2).transpose(1, 2))
+        return torch.cat([_rows(part) for part in host.unpack(out)])
 
     return features, {name for name, required in plain.items() if required}
 
 
 def patch_of(model: nn.Module) -> tuple[int, int]:
     """Height and width of the patches that the vision tower cuts."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d) and module.kernel_size == module.stride:
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d) and m.stride[-1] > 1]
+    for module in convolutions:
+        if module.kernel_size == module.stride:
             return module.kernel_size[-2], module.kernel_size[-1]
     config = getattr(model, "config", None)
-    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
+    vision = getattr(config, "vision_config", config)
+    strides = getattr(vision, "patch_stride", None)  # of a tower of several stages
+    size = strides[0] if strides else getattr(vision, "patch_size", None)
+    if size is None and convolutions:
+        size = convolutions[0].stride[-2:]
     if size is None:
         raise InputError(
             f"{type(model).__name__} does not say into which patches it cuts a picture.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Question:
         made = prepare(self.processor, images, self.text if text is None else text)
         if not images:  # what a tokenizer makes has no type to change
             return made.to(model.device)
+        check_seen(model, self.processor, made)
         return made.to(model.device, model.dtype)
 
     def ask(
@@ -64,6 +66,21 @@ class Question:
         return answer
 
 
+def check_seen(model: Any, processor: Any, made: Mapping[str, Any]) -> None:
+    """Refuse pictures that nobody looks at."""
+    pixels = [name for name in made if "pixel" in name]
+    if not pixels:
+        raise InputError(
+            f"{type(processor).__name__} makes nothing of pictures.",
+            "give the processor of a vision-language model, or ask without a picture",
+        )
+    taken = inspect.signature(model.forward).parameters
+    if not any(name in taken for name in pixels):
+        raise InputError(
+            f"{type(model).__name__} takes no pictures.", "ask without one, or give a vision-language model"
+        )
+
+
 def prepare(processor: Any, images: Sequence[Image.Image], question: str) -> Any:
     """Inputs of the model for one turn, in the chat format where the processor has one."""
     text = written(processor, len(images), question)
@@ -71,14 +88,15 @@ def prepare(processor: Any, images: Sequence[Image.Image], question: str) -> Any
         "The prompt has no place for the picture: no token that stands for it.",
         "give the processor the chat template of its model: processor.chat_template = ...",
     )
+    unmarked = bool(images) and str(getattr(processor, "image_token", None) or text) not in text
     try:
         made = _prepared(processor, images, text)
     except ValueError as e:
-        if images and str(getattr(processor, "image_token", None) or text) not in text:
+        if unmarked:
             raise lost from e
         raise
-    place = getattr(processor, "image_token_id", None)
-    if images and place is not None and not bool((made["input_ids"] == place).any()):
+    place = getattr(processor, "image_token_id", None)  # some replace it by others
+    if unmarked and place is not None and not bool((made["input_ids"] == place).any()):
         raise lost
     return made
 

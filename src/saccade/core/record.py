@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.core import archive
 from saccade.core.errors import InputError, nearest
+from saccade.core.faithfulness import Faithfulness
 from saccade.core.layout import GENERATED, KINDS, PAD, Layout
 from saccade.core.map import AXES, Map
 from saccade.core.picture import Picture
@@ -25,8 +26,9 @@ from saccade.core.words import Word, pieces, words
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KIND, VERSION = "recording", "2"
+KIND, VERSION = "recording", "3"
 Words = str | int | Sequence[str | int] | None
+LONG = 3  # letters that most words of grammar have at most
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Recording:
     pictures: list[list[Picture]] = field(default_factory=list)  # by sample of the caller's batch
     prompt: str = ""
     stack: str = ""  # the methods that were at work
+    faithfulness: list[Faithfulness] = field(default_factory=list)  # of the maps for which it was measured
 
     # ---- telling it what the model does not know -----------------------------------------------------
 
@@ -120,6 +123,27 @@ class Recording:
             nearest(word, texts) or f"the words are {' '.join(texts)}",
         )
 
+    def indices(self, words: Words = None, sample: int = 0) -> list[int]:
+        """Of words in `words`; of those of the answer, where none is named."""
+        known = self.words_of(sample)
+        if words is None:
+            return [i for i, word in enumerate(known) if word.said]
+        named = [words] if isinstance(words, str | int) else words
+        return [known.index(self.word(one, sample)) for one in named]
+
+    def sharpest(self, sample: int = 0) -> int | None:
+        """The word of the answer that was looked for most sharply, a long one where there is one."""
+        whole = self.map(self.main_sites(), sample=sample).mean("layer", "head")
+        grids = [whole.grids(item) for item in range(self.pictures_of(sample))]  # (rows, y, x) each
+        at = {row: i for i, row in enumerate(whole.labels["row"])}
+        peaks = {}
+        for index, word in enumerate(self.words_of(sample)):
+            rows = [position - 1 for position in word.positions]
+            if word.said and word.text.isalnum() and at.keys() >= set(rows):
+                own = [grid[[at[row] for row in rows]].mean(0) for grid in grids]
+                peaks[index] = (len(word.text) > LONG, max(float(grid.max()) for grid in own))
+        return max(peaks, key=peaks.__getitem__, default=None)
+
     # ---- maps ----------------------------------------------------------------------------------------
 
     def map(self, sites: str = "*", word: Words = None, sample: int = 0, *, reading: bool = False) -> Map:
@@ -159,13 +183,15 @@ class Recording:
             seen = [(w[:, at], rows, columns, space) for w, _, columns, space in seen]
         columns = _union(c for _, _, c, _ in seen)
         tensor = torch.stack([_spread(w, c, columns) for w, _, c, _ in seen])
+        gone = tensor.isnan()
         if columns is None:
             names: tuple[Any, ...] = SEGMENTS if self.options["reduce"] == "segments" else ("entropy",)
         else:
             names = tuple(columns.tolist())
         values = (tuple(s.name for s in chosen), tuple(range(tensor.shape[1])), tuple(rows.tolist()), names)
         labels = dict(zip(AXES, values, strict=True))
-        whole = Map(tensor, labels, self, sample, seen[0][3], chosen)
+        whole = Map(tensor.nan_to_num(0), labels, self, sample, seen[0][3], chosen)
+        whole.gone = gone if gone.any() else None
         return (
             whole if wanted is None else replace(whole, caption=" ".join(w.text for w in found)).mean("row")
         )
@@ -186,7 +212,8 @@ class Recording:
         return "*" if first is None or first.index is None else f"{first.tower}.*.{first.kind}"
 
     def _layer(self, site: str, sample: int) -> tuple[Tensor, Tensor, Tensor | None, int]:
-        """Weights (heads, rows, columns) in float32, rows, columns, and the space of one sample at a site."""
+        """Weights (heads, rows, columns) in float32, NaN for keys that were not there, rows, columns, and the space
+        of one sample at a site."""
         found = []
         for part in self.parts:
             at = sample - part.first
@@ -198,7 +225,9 @@ class Recording:
                 weights = part.weights[at].float().cpu()[:, real]
                 columns = None if part.columns is None else part.columns[at].cpu()
                 where = None if part.where is None else part.where[at].cpu()[:, real]
-                if columns is not None and columns.ndim == 2 and where is None:
+                ragged = columns is not None and columns.ndim == 2 and where is None
+                if ragged:
+                    assert columns is not None
                     where = columns[:, None].expand_as(weights)
                 if where is not None:
                     columns = _union([columns])
@@ -206,7 +235,10 @@ class Recording:
                     dense = weights.new_zeros(
                         *weights.shape[:2], int(columns.max()) + 1 if len(columns) else 1
                     )
-                    weights = dense.scatter_add_(2, where.clamp_min(0), weights * (where >= 0))[..., columns]
+                    held = (where >= 0).float()
+                    there = torch.zeros_like(dense).scatter_add_(2, where.clamp_min(0), held)[..., columns]
+                    weights = dense.scatter_add_(2, where.clamp_min(0), weights * held)[..., columns]
+                    weights = weights.masked_fill((there == 0) & ragged, torch.nan)
                 found.append((weights, rows[real], columns, part.space))
         if not found:
             raise InputError(f"There is no sample {sample} at {site}.", "count the samples from 0")
@@ -254,7 +286,8 @@ class Recording:
                     "Sinks are seen from the question, whose rows and all columns were not recorded.",
                     "record rows='after_image' or 'all', columns='all', and no sums",
                 )
-            found[site.name] = tuple(columns[sinks(weights[:, here], able[columns])].tolist())
+            weights = weights[:, here].nan_to_num(0)
+            found[site.name] = tuple(columns[sinks(weights, able[columns])].tolist())
         return found
 
     # ---- pictures ------------------------------------------------------------------------------------
@@ -269,8 +302,18 @@ class Recording:
     def overlay(
         self, word: Words = None, image: Image | None = None, item: int = 0, sample: int = 0
     ) -> Image:
-        """The picture with `seen` over it, a mean over layers, heads and rows."""
-        return self.seen(word, sample).overlay(image, item)
+        """The picture with `seen` over it, a mean over layers, heads and rows, and how faithful it was found."""
+        found, measured = self.seen(word, sample), self.measured(word, sample)
+        if measured:
+            found.caption += f" · faithfulness {measured.gain:+.2f}"
+        return found.overlay(image, item)
+
+    def measured(self, word: Words = None, sample: int = 0) -> Faithfulness | None:
+        """How faithful the map of a word was found, or of the answer; None where nobody measured it."""
+        if not self.faithfulness:
+            return None
+        wanted = (self.indices(word, sample), sample)
+        return next((one for one in self.faithfulness if (one.words, one.sample) == wanted), None)
 
     def plain(self, word: Words = None, width: int = 80, *, colour: bool = False, sample: int = 0) -> str:
         """The same for a terminal, with the words and the shares of attention."""
@@ -320,6 +363,7 @@ def _built(data: dict[str, Any]) -> Recording:
     ]
     data["layouts"] = [Layout(**layout) for layout in data["layouts"]]
     data["pictures"] = [[Picture(**one) for one in pictures] for pictures in data["pictures"]]
+    data["faithfulness"] = [Faithfulness(**one) for one in data["faithfulness"]]
     return Recording(**data)
 
 
@@ -333,10 +377,10 @@ def _union(columns: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def _spread(w: Tensor, columns: Tensor | None, onto: Tensor | None) -> Tensor:
-    """Weights (..., columns) at other, sorted columns; zero where there were none."""
+    """Weights (..., columns) at other, sorted columns; NaN where there were none."""
     if columns is None or onto is None or torch.equal(columns, onto):
         return w
     real = columns >= 0
-    out = w.new_zeros(*w.shape[:-1], len(onto))
+    out = w.new_full((*w.shape[:-1], len(onto)), torch.nan)
     out[..., torch.searchsorted(onto, columns[real])] = w[..., real]
     return out

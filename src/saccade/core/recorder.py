@@ -112,16 +112,13 @@ class Record(Method):
                 ((qpos >= first) & (qpos < last)).view(-1, qpos.shape[-1]).any(0).nonzero()[:, 0].tolist()
             )
             return slice(inside[0], inside[-1] + 1) if inside else None
-        if self.rows != "generated":
+        if self.rows not in ("last", "generated"):
             return call.resolve(self.rows)
-        if not log.space.main:
+        if self.rows == "generated" and not log.space.main:
             return None
-        if call.phase == "decode":
+        if self.rows == "generated" and call.phase == "decode":
             return slice(0, call.q.shape[2])
-        prompt, _ = call.run.runtime.host.ids(call.run.inputs)
-        if call.run.generating and prompt is not None and call.pass_.sequence.length < prompt.shape[1]:
-            return None
-        return call.resolve("last")
+        return call.resolve("last") if call.pass_.complete else None
 
     def _heads(self, call: AttentionCall) -> list[int] | None:
         count = call.q.shape[1]

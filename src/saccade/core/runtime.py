@@ -20,7 +20,8 @@ from saccade.core.host import check_events, check_needs, host_of
 from saccade.core.method import Method
 from saccade.core.passes import Pass, Run
 from saccade.core.plan import Plan, make_plans, merge, reducing
-from saccade.core.seams import hidden, projections, rotation, sdpa, softmax, tokens, unembed
+from saccade.core.probe import featurizer
+from saccade.core.seams import hidden, projections, projector, rotation, sdpa, softmax, tokens, unembed
 from saccade.core.seams.plain import PlainHost, restore
 from saccade.core.seams.wrap import wrap, wrap_call
 from saccade.core.site import Site, match
@@ -55,6 +56,7 @@ class Runtime:
         self.last_pass: Pass | None = None
         self.located: Located | None = None  # the pictures of the coming runs
         self._head: unembed.Head | None = None
+        self._projector: nn.Module | None = None
         self._anatomy: projections.Anatomy | None = None
         self._rotations: dict[str, rotation.Rotation] | None = None
         self._paused: list[Session] = []  # once for every `paused()` that a session is in
@@ -224,9 +226,12 @@ class Runtime:
             except BaseException as error:
                 pass_.sequence.crop(pass_.start)
                 if pass_.removals and type(error) is RuntimeError:
+                    joined = any(removal.appended is not None for removal in pass_.removals.values())
+                    words = ("joined", "join", "more") if joined else ("left", "leave", "fewer")
+                    towers = " and ".join(pass_.removals)
                     raise InputError(
-                        f"Tokens left {' and '.join(pass_.removals)}, and a later part does not take fewer: {error}",
-                        "let none leave there: narrow it with sites=, or choose among the features behind the tower",
+                        f"Tokens {words[0]} {towers}, and a later part does not take {words[2]}: {error}",
+                        f"let none {words[1]} there: narrow it with sites=, or choose among features behind the tower",
                     ) from error
                 raise
             made = self.host.cache_of_output(out)
@@ -268,7 +273,7 @@ class Runtime:
                 run.past_ids(sequence.length, past, rows), (rows, past - sequence.length), device
             )
         sequence.crop(past)
-        run.sequence = sequence
+        run.sequence, sequence.unverified = sequence, run.unverified
         if ids is None:  # only embeddings came here, but a prompt with ids was given further up
             ids = run.past_ids(past, past + tokens, rows)
         phase = run.phase(past, tokens)
@@ -388,19 +393,21 @@ class Runtime:
         return out
 
     def _features(self, kind: str, features: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        out = features(*args, **kwargs)
         run = self._local.run
+        choosing = [] if run is None else run.overriding("features")
+        call = functools.partial(features, *args, **kwargs)
+        early = any(method.stage == "before" for method in choosing)
+        out, projection = projector.watched(self.host, call) if early else (call(), None)
         if run is None:
             return out
         parts = self.host.unpack(out)
         run.features.setdefault(kind, []).extend(part.shape[-2] if part.ndim > 1 else 1 for part in parts)
         if self._passes and self._passes[-1].tokens:
             run.place_items(self._passes[-1])
-        choosing = run.overriding("features")
         if not choosing:
             return out
         given = {**dict(zip(inspect.signature(features).parameters, args)), **kwargs}
-        return self.host.pack(out, choose(kind, parts, choosing, given, run))
+        return self.host.pack(out, choose(kind, parts, choosing, given, run, projection))
 
     def extra_pass(
         self, inputs: Mapping[str, Any], methods: tuple[Method, ...], grad: bool, last_only: bool = False
@@ -411,10 +418,28 @@ class Runtime:
         with torch.set_grad_enabled(grad):
             return self.side_pass(self.host.extra(inputs, last_only), methods)[0]
 
-    def unembed(self, h: Tensor, norm: bool) -> Tensor:
+    @property
+    def head(self) -> unembed.Head:
         if self._head is None:
             self._head = unembed.find(self.host, lambda i: self.side_pass(self.host.extra(i, False), ())[0])
-        return self._head(h, norm=norm)
+        return self._head
+
+    def unembed(self, h: Tensor, norm: bool) -> Tensor:
+        return self.head(h, norm=norm)
+
+    def projector(self, inputs: Mapping[str, Any]) -> nn.Module:
+        """What makes features of the vision tower's tokens, watched once on the pictures of a prompt."""
+        if self._projector is None:
+            features, _ = featurizer(self.host, "image")
+            with self.alone(), torch.no_grad():
+                _, found = projector.watched(self.host, lambda: features(dict(inputs)))
+            if found is None:
+                raise AttachError(
+                    f"No module behind the vision tower of {type(self.model).__name__} makes features.",
+                    "use a model such as LLaVA, whose projector is a module",
+                )
+            self._projector = found.module
+        return self._projector
 
     @property
     def anatomy(self) -> projections.Anatomy:
@@ -437,7 +462,7 @@ class Runtime:
             )
         return self._rotations[site.name]
 
-    def matrices(self, name: str) -> projections.Matrices:
+    def linears(self, name: str) -> projections.Linears:
         site = match(name, self.host.sites)[0]
         found = self.anatomy.linears.get(site.name, "it is no self-attention of the main tower")
         if isinstance(found, str):
@@ -445,7 +470,14 @@ class Runtime:
                 f"{site.name} ({type(site.module).__name__}) does not show the matrices of its heads: {found}.",
                 "leave it out with sites=",
             )
-        return found.matrices()
+        return found
+
+    def taking(self, site: Site, heads: Tensor, made: Tensor) -> tuple[Tensor, Tensor | float]:
+        linear = projections.taking(site.module, heads, made)
+        return projections.weight(linear), projections.bias(linear)
+
+    def readout(self) -> tuple[nn.LayerNorm, nn.Linear]:
+        return projections.readout(self.model)
 
     def norm(self, name: str) -> nn.Module:
         """The one right before attention or an mlp."""

@@ -96,7 +96,20 @@ class Session:
 
     def matrices(self, site: str) -> Matrices:
         """W_q, W_k, W_v and W_o of the heads of a self-attention, such as `text.3.self`."""
-        return self._runtime.matrices(site)
+        return self._runtime.linears(site).matrices()
+
+    def parameters(self, site: str, parts: str) -> dict[nn.Parameter, Tensor]:
+        """The weights and biases of a self-attention that make its queries, keys or values, as in "kv", and which
+        of their elements do."""
+        return self._runtime.linears(site).parameters(parts)
+
+    def cut(self, site: str, heads: Iterable[int]) -> None:
+        """Take heads out of the weights of a self-attention, for good."""
+        self._runtime.linears(site).cut(set(heads))
+
+    def projector(self, inputs: Mapping[str, Any]) -> nn.Module:
+        """The module that makes features of the vision tower's tokens, found on the pictures of a prompt."""
+        return self._runtime.projector(inputs)
 
     def mlp(self, site: str, h: Tensor) -> Tensor:
         """What an mlp, such as `text.0.mlp`, and the norm before it make of hidden states (..., width)."""
@@ -104,7 +117,7 @@ class Session:
 
     def calibrate(self, method: Method, samples: Iterable[Mapping[str, Any]]) -> Path:
         """Let the method measure this model, and keep the result where the method will find it."""
-        return calibration.save(method.card.slug, self.model, method.calibrate(self, samples))
+        return calibration.save(method.kept_as(), self.model, method.calibrate(self, samples))
 
     def detach(self) -> None:
         """Take the methods off. The model is then as it was, to the bit."""

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from saccade.core.probe import featurizer, lines, patch_of, silenced, trace
+from saccade.core.probe import featurizer, lines, patch_lines, patch_of, silenced, trace
 from saccade.core.site import Site
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _pixels(
     """The tensors of one picture, if several are alike; which of them are pixels; how many pictures that stands for;
     and what is known of their shape, by the site's name."""
     given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    name = next(name for name in given if name.startswith("pixel_values"))
+    name = next(name for name in given if "pixel_values" in name)
     count = len(given[name]) if given[name].ndim == 4 else 1
     alike = all(len(v) == count and bool((v == v[:1]).all()) for n, v in given.items() if n != name)
     if count > 1 and alike:
@@ -96,7 +96,11 @@ def _asked(runtime: Runtime, given: dict[str, Tensor], name: str, kind: str, sit
     if pixels.ndim > 4:  # empty tiles stay empty
         new = torch.where((pixels == 0).flatten(-3).all(-1)[..., None, None, None], pixels, new)
     with runtime.alone(), torch.no_grad(), silenced(runtime.host, site, caught):
-        axes = lines(pixels.shape, patch_of(runtime.model))
+        places = given.get(f"{kind}_position_ids")
+        if places is None:
+            axes = lines(pixels.shape, patch_of(runtime.model))
+        else:
+            axes = patch_lines(places.float().masked_fill(places < 0, torch.nan), torch.arange(len(places)))
         found, *tokens = trace(read, pixels, new, axes)
     begins = found[0].masked_fill(~found[2][:, None], -1)
     made_of = _inside(found, tokens[0]) if tokens else begins.new_empty(len(begins), 0)

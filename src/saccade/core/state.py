@@ -50,6 +50,7 @@ class Sequence:
         self._ids: list[Tensor] = []  # (rows, tokens) each
         self._named = True
         self.run: Run | None = None  # the forward that stands alone and began it
+        self.unverified = ""  # as its run's
         self.unfed: Tensor | None = None  # generated last and not yet cached: the next turn begins with it
         self._chunks: list[Chunk] = []
         self._padding: Tensor | None = None  # (rows, columns so far), True for padding
@@ -63,6 +64,12 @@ class Sequence:
         return 0 if self.sample is None else self.sample.shape[0]
 
     def state_of(self, method: Method) -> dict[str, Any]:
+        if self.unverified:
+            raise InputError(
+                f"{type(method).__name__} remembers what it has read, and generate({self.unverified}=...) feeds tokens "
+                "that may be taken back.",
+                "generate without it",
+            )
         return self._states.setdefault(id(method), (method, {}))[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequence:

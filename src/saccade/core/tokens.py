@@ -1,9 +1,11 @@
-"""Tokens that leave a tower between its layers, and what stands in their place at the end."""
+"""Tokens that leave a tower between its layers, what stands in their place at the end, and tokens that join."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -21,20 +23,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tokens:
-    """Which tokens stay.
+    """Which tokens stay, all unless `keep` is given, and which join.
 
     `keep` is bool (batch, tokens) or (tokens,), or indices, in ascending order, -1 for fillers. `values`
     (batch, kept, width) replaces the states of those that stay, for merged tokens. An aggregate of many takes
-    the place of one of them. Positions stay as they are, or close up (`renumber`).
+    the place of one of them. Positions stay as they are, or close up (`renumber`). What is to `append`,
+    (tokens, width) or (batch, tokens, width), has no position; it stands behind the others until the tower's end.
     """
 
-    keep: Tensor
+    keep: Tensor | None = None
     values: Tensor | None = None
+    append: Tensor | None = None
     positions: Literal["keep", "renumber"] = "keep"
     only_this_layer: bool = False
 
     def index(self, batch: int, tokens: int, *, empty: bool = False) -> Tensor:
         """(batch, kept), -1 on the left of rows that keep fewer; a row keeps none only where that is allowed."""
+        if self.keep is None:
+            return torch.arange(tokens).expand(batch, -1)
         keep = self.keep[None].expand(batch, -1) if self.keep.ndim == 1 else self.keep
         if keep.ndim != 2 or keep.shape[0] != batch:
             raise InputError(
@@ -67,10 +73,11 @@ class Tokens:
 
 
 class Removal:
-    """The tokens of a tower that are left in a pass."""
+    """The tokens of a tower that are left in a pass, and those that were appended to them."""
 
     def __init__(self, keep: Tensor, full: int) -> None:
         self.keep, self.full = keep, full  # (batch, left) places in the chunk, -1 for fillers; its length
+        self.appended: Tensor | None = None  # (batch, appended, width), their states before the next layer
         self.ids: Tensor | None = None  # renumbered positions, (batch, left) or (sections, batch, left)
         self.shift: Tensor | None = None  # (batch,) by how much what follows moves up
         self.whole = False  # the layer below gave states at full length
@@ -78,11 +85,30 @@ class Removal:
     def further(self, keep: Tensor) -> Removal:
         new = Removal(torch.where(keep < 0, -1, self.keep.gather(1, keep.clamp_min(0))), self.full)
         new.ids = None if self.ids is None else gather_tokens(self.ids, keep, -1)
-        new.shift = self.shift
+        new.shift, new.appended = self.shift, self.appended
         return new
 
+    def holding(self, appended: Tensor) -> Self:
+        new = copy.copy(self)
+        new.__dict__.pop("places", None)
+        new.appended = appended
+        return new
+
+    @property
+    def behind(self) -> slice:
+        """Where the appended tokens stand in a layer."""
+        left = self.keep.shape[1]
+        return slice(left, left if self.appended is None else left + self.appended.shape[1])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """`keep` with -1 for each appended token, as a layer has them."""
+        added = self.behind.stop - self.behind.start
+        return torch.nn.functional.pad(self.keep, (0, added), value=-1) if added else self.keep
+
     def spread(self, mask: Tensor) -> Tensor:
-        """A mask over what is left (batch, left) as one over all tokens, False where one left."""
+        """A mask over what is left (batch, left), appended tokens behind it or not, as one over all tokens, False
+        where one left."""
         whole = mask.new_zeros(mask.shape[0], self.full)
         rows, columns = (self.keep >= 0).nonzero(as_tuple=True)
         whole[rows, self.keep[rows, columns]] = mask[rows, columns]
@@ -102,7 +128,8 @@ class Removal:
 
 
 class TokensCall:
-    """A layer about to run, for the `tokens` event: `h` (batch, tokens, width) goes in.
+    """A layer about to run, for the `tokens` event: `h` (batch, tokens, width) goes in, and behind it what
+    was appended.
 
     `peek()` is the attention call that it will make, made ahead; its projections are computed twice.
     `peek(rotated=False)` is what it would be if all tokens stood at position 0.

@@ -45,9 +45,25 @@ BY_TOKEN = ("full_text_row_masked_out_mask", "per_layer_input")
 # State that a model keeps between calls and that an extra pass must put back.
 TRANSIENT = ("rope_deltas",)
 
-# Where a model without `get_image_features` keeps the tower and the projector whose features its text
-# reads by cross-attention.
+# Where a model without `get_image_features` keeps the tower and the projector, if it has one, whose features its
+# text reads by cross-attention.
 CROSS_FEATURES = ("vision_model", "multi_modal_projector")
+
+# Where a model keeps what embeds words and pictures together, the features of pictures in the places of its words.
+EMBEDDER = "embed_tokens_extend"
+
+# What the output with the features of pictures has where these are words for codes. Its last hidden state, a map
+# (batch, channels, rows, columns), is what the codes were chosen for.
+CODES = "image_tokens"
+
+# Towers whose attention modules add the stream by themselves.
+OWN_RESIDUAL = ("codes",)
+
+# Names of attention modules that attend from channels to channels.
+OVER_CHANNELS = ("channel_attn",)
+
+# What the norm and the projection are called that make one vector of a picture of its class token.
+READOUT = ("post_layernorm", "visual_projection")
 
 # Families whose `get_image_features` gives one tensor for all pictures and tiles of a sample; each is a run of
 # neighbours in the prompt.

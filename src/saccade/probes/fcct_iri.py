@@ -193,7 +193,7 @@ def noisy(inputs: Mapping[str, Any], sigma: float, seed: int) -> dict[str, Any]:
     noise = torch.Generator().manual_seed(seed)
     changed = dict(inputs)
     for name, value in inputs.items():
-        if name.startswith("pixel_values"):
+        if "pixel_values" in name:
             drawn = torch.randn(value.shape, generator=noise, dtype=torch.float32).to(value)
             changed[name] = torch.where(
                 value == 0, value, value + sigma * value.float().std().to(value) * drawn

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from saccade.core.card import Card
 from saccade.core.heads import Heads
 from saccade.core.method import Method, Sites, option
 from saccade.core.passes import Run
-from saccade.core.seams.projections import Matrices
+
+if TYPE_CHECKING:
+    from saccade.core.seams.projections import Matrices
 
 COPIED = 500  # words of which copying is asked, where nothing else is
 

@@ -23,7 +23,6 @@ from saccade.core.site import layers
 from saccade.core.tokens import Tokens, TokensCall, gather_tokens
 from saccade.reduction._parts.choice import highest
 from saccade.reduction._parts.importance import by_last_word
-from saccade.reduction._parts.prompt import check_whole
 
 
 @dataclass(eq=False)
@@ -89,7 +88,7 @@ class Feather(Method):
         if call.layer in (first, second):
             keep = self._chosen(call, pictures, call.layer == first)
         if call.layer + 1 in (first, second):  # it may be where the first stage ends
-            check_whole(call)
+            call.pass_.check_complete()
             ahead, index = call.peek(rotated=False), Tokens(keep).index(*keep.shape)
             score = (by_last_word(ahead, picture & keep) for picture in pictures)
             call.run.state["score"] = [gather_tokens(each, index, -1) for each in score]

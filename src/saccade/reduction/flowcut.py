@@ -28,7 +28,6 @@ from saccade.core.method import Method, Sites, option
 from saccade.core.tokens import Tokens, TokensCall, gather_tokens
 from saccade.reduction._parts.choice import highest
 from saccade.reduction._parts.importance import attended, by_last_word
-from saccade.reduction._parts.prompt import check_whole
 from saccade.reduction._parts.tower import note_left, survivors
 
 
@@ -124,7 +123,7 @@ class FlowCut(Method):
         pictures = call.items("visual")
         if not pictures:
             return None
-        check_whole(call)
+        call.pass_.check_complete()
         keep = ~call.tokens("visual")
         for picture in pictures:
             count = budget(self.keep / self._in_tower, picture.sum(1, keepdim=True))

@@ -28,7 +28,6 @@ from saccade.core.method import Method, Sites, option
 from saccade.core.tokens import Tokens, TokensCall
 from saccade.reduction._parts.cache import slots
 from saccade.reduction._parts.choice import of_each, top
-from saccade.reduction._parts.prompt import check_whole
 from saccade.reduction._parts.tower import at_full, note_left, survivors
 
 WINDOW = 3
@@ -85,7 +84,7 @@ class MustDrop(Method):
     def observe(self, call: AttentionCall) -> None:
         if call.site.tower == "text":
             if bool(call.queries("visual").any()):
-                check_whole(call)
+                call.pass_.check_complete()
                 call.run.state["behind"] = call
             return
         if call.site.layer == call.run.feature_layer:

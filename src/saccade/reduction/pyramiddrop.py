@@ -19,7 +19,6 @@ from saccade.core.card import Card
 from saccade.core.method import Method, Sites, option
 from saccade.core.tokens import Tokens, TokensCall
 from saccade.reduction._parts.choice import highest
-from saccade.reduction._parts.prompt import check_whole
 
 
 @dataclass(eq=False)
@@ -76,7 +75,7 @@ class PyramidDrop(Method):
         ahead, tokens = call.peek(), call.h.shape[1]
         labels = call.pass_.inputs.get("labels")
         if labels is None:
-            check_whole(call)
+            call.pass_.check_complete()
             score = ahead.weights("last").mean(1)[:, 0, -tokens:]
             return score, torch.ones_like(score[:, :1], dtype=torch.bool)
         answer = torch.nn.functional.pad(labels != -100, (0, 1))

@@ -27,7 +27,6 @@ from saccade.core.method import Method, Sites, option
 from saccade.core.session import Session, attach
 from saccade.reduction._parts.cache import slots
 from saccade.reduction._parts.choice import highest
-from saccade.reduction._parts.prompt import check_whole
 
 KERNEL = 5
 SLIVER = 0.1  # of a side
@@ -81,7 +80,7 @@ class SparseMM(Method):
             )
 
     def evict(self, call: AttentionCall, cache: TrackedLayer) -> Tensor | None:
-        check_whole(call)
+        call.pass_.check_complete()
         heads = call.k.shape[1]
         there = call.columns("all")[:, :, 0]  # (batch, 1 or heads, keys)
         there = there[:, :: call.groups if there.shape[1] > 1 else 1].expand(-1, heads, -1)

@@ -23,7 +23,6 @@ from saccade.core.features import Item
 from saccade.core.importance import class_token, note, noted, tower_attention
 from saccade.core.method import Method, Sites, option
 from saccade.core.tokens import Tokens, TokensCall
-from saccade.reduction._parts.prompt import check_whole
 
 
 @dataclass(eq=False)
@@ -92,7 +91,7 @@ class ToDRE(Method):
         visual = call.queries("visual")
         if self.tau == 0 or not bool(visual.any()):
             return
-        check_whole(call)
+        call.pass_.check_complete()
         both = [share < self.tau for share in meeting(call)]
         before = call.run.state.get("done", torch.zeros_like(both[0]))
         call.run.state["done"] = before | (both[0] & both[1])

@@ -139,7 +139,7 @@ class PlainHost:
     def track_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
 
-    def cache_layers(self, cache: Any) -> list[Any]:
+    def cache_layers(self, cache: Any, kind: str = "self") -> list[Any]:
         return []
 
     def attended(self, cache: Any, tracked: bool) -> contextlib.AbstractContextManager[None]:

@@ -18,7 +18,8 @@ KNOWN = "5.19 to 5.23"
 
 @dataclass(frozen=True)
 class Name:
-    """`path` is `module:attribute.attribute`; `parameters` begin its signature, None for what is no function."""
+    """`path` is `module:attribute.attribute`, brackets behind a class stand for one made of it; `parameters` begin
+    its signature, None for what is no function."""
 
     path: str
     parameters: tuple[str, ...] | None = None
@@ -32,6 +33,11 @@ NAMES = (
     ),
     Name("transformers.modeling_utils:AttentionInterface.register", ("key", "value")),
     Name("transformers.configuration_utils:PreTrainedConfig._attn_implementation"),
+    Name("transformers.configuration_utils:PreTrainedConfig()._attn_implementation_internal"),
+    Name(
+        "transformers.models.qwen3_vl.modeling_qwen3_vl:Qwen3VLTextModel._deepstack_process",
+        ("self", "hidden_states", "visual_pos_masks", "visual_embeds"),
+    ),
     Name("transformers.cache_utils:Cache.reorder_cache", ("self", "beam_idx")),
     Name("transformers.cache_utils:Cache.batch_repeat_interleave", ("self", "repeats")),
     Name("transformers.cache_utils:Cache.batch_select_indices", ("self", "indices")),
@@ -70,7 +76,7 @@ def check_names(
     for name in names:
         module, _, path = name.path.partition(":")
         try:
-            value: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+            value: Any = functools.reduce(_part, path.split("."), importlib.import_module(module))
         except (ImportError, AttributeError):
             problem = "is gone"
         else:
@@ -84,3 +90,8 @@ def check_names(
             f"{library} {importlib.import_module(library).__version__} has moved: {name.path} {problem}.",
             f"use a version that we know, {known}: pip install '{wanted}'",
         )
+
+
+def _part(owner: Any, name: str) -> Any:
+    part = getattr(owner, name.removesuffix("()"))
+    return part() if name.endswith("()") else part

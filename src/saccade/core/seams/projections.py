@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from saccade.core.errors import AttachError
+from saccade.core.errors import AttachError, InputError
 from saccade.core.method import Method
 from saccade.core.seams.discovery import is_linear
 from saccade.core.seams.plain import PlainHost
 from saccade.core.seams.unembed import close, is_norm, prompt
 from saccade.core.site import Site
+from saccade.models.towers import READOUT
 
 if TYPE_CHECKING:
     from saccade.core.call import AttentionCall
@@ -56,6 +57,51 @@ class Linears:
         o = weight(self.taken)
         q_bias, k_bias = (biases(rows) for rows in self.made[:2])
         return Matrices(q, k, v, o.view(len(q), -1, o.shape[-1]), q_bias, k_bias)
+
+    def parameters(self, parts: str) -> dict[nn.Parameter, Tensor]:
+        """The weights and biases that make them, of `q`, `k` and `v`, and which of their elements do."""
+        found: dict[nn.Parameter, Tensor] = {}
+        for linear, at in (row for part in parts for row in self.made["qkv".index(part)]):
+            for name, parameter in linear.named_parameters(recurse=False):
+                mask = found.setdefault(parameter, torch.zeros_like(parameter, dtype=torch.bool))
+                (mask.T if name == "weight" and type(linear).__name__ == "Conv1D" else mask)[at] = True
+        return found
+
+    def cut(self, heads: set[int]) -> None:
+        """Take heads out of the weights, for good; key heads go with all of those that share them."""
+        q, k, _ = self.made
+        groups = len(q) // len(k)
+        shared = {key for key in range(len(k)) if heads >= {*range(key * groups, (key + 1) * groups)}}
+        if not heads < {*range(len(q))} or len(shared) * groups != len(heads):
+            raise InputError(
+                f"Heads {sorted(heads)} cannot be taken out of {len(q)} heads, of which {groups} share a key head.",
+                "take whole groups, and leave one; or switch heads off instead",
+            )
+        several = [{linear for linear, _ in rows} for rows in self.made]
+        linears = set().union(*several)
+        if len(linears) != 3 or any(type(linear) is not nn.Linear for linear in (*linears, self.taken)):
+            raise InputError(
+                "Queries, keys and values do not come from a linear layer each, whose rows could be taken out.",
+                "switch the heads off instead",
+            )
+        for rows, gone in zip(self.made, (heads, shared, shared), strict=True):
+            at = torch.cat([at for head, (_, at) in enumerate(rows) if head not in gone])
+            _narrow(rows[0][0], at, 0)
+        taken: Any = self.taken
+        at = torch.arange(taken.in_features).view(len(q), -1)
+        _narrow(taken, at[[head for head in range(len(q)) if head not in heads]].flatten(), 1)
+
+
+def _narrow(linear: Any, at: Tensor, axis: int) -> None:
+    """Leave these of a linear layer's outputs (axis 0) or inputs (axis 1)."""
+    at = at.to(linear.weight.device)
+    linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, at), linear.weight.requires_grad)
+    if axis == 1:
+        linear.in_features = len(at)
+        return
+    linear.out_features = len(at)
+    if linear.bias is not None:
+        linear.bias = nn.Parameter(linear.bias.detach()[at], linear.bias.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -198,6 +244,33 @@ def bias(linear: Any) -> Tensor | float:
 def _same(a: Tensor, b: Tensor | None) -> bool:
     """Equal numbers, one row of tokens after the other."""
     return b is not None and a.shape[-1] == b.shape[-1] and torch.equal(a.flatten(0, -2), b.flatten(0, -2))
+
+
+def taking(module: nn.Module, given: Tensor, made: Tensor) -> nn.Module:
+    """The linear layer of an attention that takes its heads' outputs, told by what the attention makes of them."""
+    for linear in module.modules():
+        fits = is_linear(linear) and weight(linear).shape == (given.shape[-1], made.shape[-1])
+        if fits and close(linear(given), made):
+            return linear
+    raise AttachError(
+        f"{type(module).__name__} does more with its heads' outputs than one linear layer does.",
+        "use a tower whose attention ends in its output projection",
+    )
+
+
+def readout(model: nn.Module) -> tuple[nn.LayerNorm, nn.Linear]:
+    """The norm and the projection that make one vector of a picture of its first token's last state."""
+    found = [
+        next((m for name, m in model.named_modules() if name.split(".")[-1] == wanted), None)
+        for wanted in READOUT
+    ]
+    norm, projection = found
+    if not isinstance(norm, nn.LayerNorm) or not isinstance(projection, nn.Linear):
+        raise AttachError(
+            f"{type(model).__name__} does not make one vector of a picture: it lacks {' and '.join(READOUT)}.",
+            "use a CLIP of transformers, such as CLIPModel or CLIPVisionModelWithProjection",
+        )
+    return norm, projection
 
 
 def _refused(model: nn.Module, why: str) -> AttachError:

@@ -497,6 +497,22 @@ class Sampling:
                     found[int(row)] += self._spoken(read)[at * len(read.ids) // len(index)]
         return found
 
+    def encode(self, texts: tuple[str, ...]) -> Tensor:
+        """What the pipeline's T5 makes of texts, each filled up as the prompt was: (texts, tokens, width)."""
+        read = next((r for r in self.reads if "T5" in type(getattr(self.pipe, r.encoder)).__name__), None)
+        if read is None:
+            raise InputError(
+                f"{type(self.pipe).__name__} has not read its prompt with a T5.",
+                "use a pipeline with a T5, such as Flux, SD3 or CogVideoX, and give it prompts",
+            )
+        options = {"padding": "max_length", "max_length": read.ids.shape[1], "truncation": True}
+        given = self._tokenizer(read)(list(texts), **options, return_tensors="pt")
+        before = list(self.reads)  # these are no prompts
+        with torch.no_grad():
+            states: Tensor = getattr(self.pipe, read.encoder)(given.input_ids.to(read.ids.device))[0]
+        self.reads = before
+        return states
+
     def _tokenizer(self, read: Read) -> Any:
         return getattr(self.pipe, read.encoder.replace("text_encoder", "tokenizer"), None)
 

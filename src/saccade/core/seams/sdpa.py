@@ -163,10 +163,11 @@ def _dispatch(
     mask = attn_mask
     if mask is not None and mask.ndim < 4:
         mask = mask.view((1,) * (4 - mask.ndim) + mask.shape)
+    places = pass_.places(scope.site)
     call = scope.call = AttentionCall(
         scope.site, q, k, v, mask, scale=scale, causal=is_causal, operator=_native, pass_=pass_, x=scope.x,
         options={"dropout_p": dropout_p, "scale": scale, "enable_gqa": enable_gqa}, context=scope.context,
-        source=scope.calls,
+        source=scope.calls, pos=places, keep=places,
     )  # fmt: skip
     scope.calls += 1
     call.keeps_weights = scope.keeps_weights

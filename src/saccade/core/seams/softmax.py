@@ -108,9 +108,11 @@ class ScoredCall(AttentionCall):
     ) -> None:
         batch, heads, queries, keys = scores.shape
         q, k = scores.new_empty(batch, heads, queries, 0), scores.new_empty(batch, heads, keys, 0)
+        places = pass_.places(site)
         super().__init__(
-            site, q, k, k, None, scale=1.0, causal=False, operator=AttentionCall.next, pass_=pass_, x=x
-        )
+            site, q, k, k, None, scale=1.0, causal=False, operator=AttentionCall.next, pass_=pass_, x=x,
+            pos=places, keep=places,
+        )  # fmt: skip
         self._given, self._by_model, self._of_all = scores, softmax, softmax_of_all
 
     def softmax(self, scores: Tensor, heads: Any = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Standing around a layer, so that fewer tokens go in than came."""
+"""Standing around a layer, so that other tokens go in than came."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class Rotary:
 def install(site: Site, runtime: Runtime) -> Callable[[], None]:
     names = tuple(inspect.signature(site.module.forward).parameters)
     inside = [s for s in runtime.host.sites if s.seam == "interface" and s.path.startswith(f"{site.path}.")]
-    around = functools.partial(_around, site, runtime, names, bool(inside))
+    crosses = bool(inside) and all(s.kind == "cross" for s in inside)
+    around = functools.partial(_around, site, runtime, names, bool(inside), crosses)
     return wrap(site.module, "forward", around, outermost=True)
 
 
@@ -82,6 +83,7 @@ def _around(
     runtime: Runtime,
     names: tuple[str, ...],
     masks: bool,
+    crosses: bool,
     forward: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
@@ -91,9 +93,11 @@ def _around(
     methods = [m for m in (plan.tokens if plan else ()) if pass_.phase in m.phases]
     if runtime.recomputing:
         pass_.rewind(site)
+    elif site.index == 0:  # a tower may run for the second time in a pass
+        pass_.removals.pop(site.tower, None)
     before = pass_.removals.get(site.tower)
     inputs = {**dict(zip(names, args)), **kwargs}
-    held = _cache_layer(site, inputs)
+    held = None if crosses else _cache_layer(site, inputs)
     fresh = pass_.leaving(site)
     if not methods and before is None and fresh is None and (held is None or held.shift is None):
         return forward(*args, **kwargs)
@@ -116,12 +120,12 @@ def _around(
         call = TokensCall(site, pass_, step.h, functools.partial(step.peek, forward, names[0]))
         answer = method.tokens(call)
         if answer is not None:
-            _refuse_rows_of_all(site, h, inputs)
+            _refuse_rows_of_all(site, h, inputs, answer)
             step.take(answer)
     pass_.removals_at[site.tower, site.index] = before, step.removal
     given = step.inputs(names[0], caching=True)
     out = forward(given.pop(names[0]), **given)  # gradient checkpointing wants its input by position
-    states = out[0] if isinstance(out, tuple) else out
+    states = step.set_aside(out[0] if isinstance(out, tuple) else out)
     if step.once:
         states = step.put_back(states)
     removal = pass_.removals.get(site.tower)
@@ -131,10 +135,11 @@ def _around(
     return (states, *out[1:]) if isinstance(out, tuple) else states
 
 
-def _refuse_rows_of_all(site: Site, h: Tensor, inputs: dict[str, Any]) -> None:
+def _refuse_rows_of_all(site: Site, h: Tensor, inputs: dict[str, Any], tokens: Tokens) -> None:
     if h.ndim != 3 or (h.shape[0] == 1 and _packed(inputs)):
+        none = "from which none can leave" if tokens.append is None else "which none can join"
         raise InputError(
-            f"{site.name} keeps its tokens in a grid, or those of all pictures in one row, from which none can leave.",
+            f"{site.name} keeps its tokens in a grid, or those of all pictures in one row, {none}.",
             "take tokens out behind the tower (the features event), or in the text tower",
         )
 
@@ -159,7 +164,7 @@ class _Step:
 
     def take(self, tokens: Tokens) -> None:
         batch, left = self.h.shape[:2]
-        keep = tokens.index(batch, left, empty=self.held is not None and self.pass_.unfinished).to(
+        keep = tokens.index(batch, left, empty=self.held is not None and not self.pass_.complete).to(
             self.h.device
         )
         if not self.masks and bool((keep < 0).any()):
@@ -172,6 +177,10 @@ class _Step:
                 f"Values {tuple(tokens.values.shape)} were given for {tuple(keep.shape)} tokens that stay.",
                 "give one of each, in their order",
             )
+        if tokens.append is not None:
+            self._append(tokens)
+        if tokens.keep is None and tokens.values is None:
+            return
         here, removal = self.here, self._further(self.removal, self.h.shape[1], keep, tokens.positions)
         self.h = gather_tokens(self.h, keep, 1) if tokens.values is None else tokens.values.to(self.h.dtype)
         if tokens.only_this_layer:
@@ -181,6 +190,45 @@ class _Step:
         else:
             self._leave_too(here, keep, tokens.positions)
         self.pass_.removals[self.site.tower] = removal
+
+    def _append(self, tokens: Tokens) -> None:
+        assert tokens.append is not None
+        if tokens.only_this_layer:
+            raise InputError(
+                f"Tokens were appended before {self.site.name} for this layer only, and they stay until the last.",
+                "leave only_this_layer out",
+            )
+        if self.site.tower == "text" or self.given.get("position_embeddings") is not None:
+            raise InputError(
+                f"{self.site.name} counts its tokens by their positions, and those that are appended have none.",
+                "append them in a tower that learned its positions and reads both ways, such as CLIP's, SigLIP's or "
+                "DINOv2's",
+            )
+        batch, left, width = self.h.shape
+        new = tokens.append.to(self.h)
+        if new.ndim not in (2, 3) or new.shape[-1] != width or new.shape[:-2] not in ((), (batch,)):
+            raise InputError(
+                f"Tokens {tuple(new.shape)} were appended to {tuple(self.h.shape)}.",
+                f"give (tokens, {width}) or ({batch}, tokens, {width})",
+            )
+        new = new.expand(batch, -1, -1)
+
+        def joined(old: Removal | None, left: int) -> Removal:
+            old = old or Removal(torch.arange(left, device=new.device).expand(batch, -1), left)
+            return old.holding(new if old.appended is None else torch.cat([old.appended, new], 1))
+
+        self.pass_.removals[self.site.tower] = joined(self.removal, left)
+        self.before = joined(self.before, self.whole.shape[1])
+
+    def set_aside(self, states: Tensor) -> Tensor:
+        """What the layer made of the tower's own tokens; the appended ones wait for the next layer."""
+        removal = self.removal
+        if removal is None or removal.appended is None:
+            return states
+        appended = states[:, removal.behind]
+        self.pass_.removals[self.site.tower] = removal.holding(appended)
+        self.before = None if self.before is None else self.before.holding(appended)
+        return states[:, : removal.behind.start]
 
     @property
     def removal(self) -> Removal | None:
@@ -263,7 +311,9 @@ class _Step:
     def inputs(self, first: str, *, caching: bool) -> dict[str, Any]:
         """The layer's arguments for the tokens that are left."""
         inputs = {**self.given, first: self.h}
-        removal = self.pass_.removals.get(self.site.tower)
+        removal = self.removal
+        if removal is not None and removal.appended is not None:
+            inputs[first] = torch.cat([self.h, removal.appended], 1)
         shift = None if self.held is None else self.held.shift
         keep = None if removal is None else removal.keep
         embeddings = inputs.get("position_embeddings")

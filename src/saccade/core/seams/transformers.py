@@ -20,15 +20,17 @@ from saccade.core.branch import Open, pad_left
 from saccade.core.cache import TrackedLayer, fit_mask, new_cache, refuse_paged, track
 from saccade.core.call import AttentionCall
 from saccade.core.errors import AttachError, InputError
-from saccade.core.plan import evict, execute, execute_groups
+from saccade.core.plan import by_distance, evict, execute, execute_groups
 from saccade.core.seams import private
 from saccade.core.seams.plain import PlainHost
 from saccade.core.seams.tokens import Peeked
+from saccade.core.seams.wrap import wrap
 from saccade.core.site import Site
 from saccade.core.state import Sequence, Vocabulary
 from saccade.models.towers import BY_SAMPLE, PLACEHOLDERS, SPECIAL_IDS, TRANSIENT
 
 if TYPE_CHECKING:
+    from saccade.core.layout import Layout
     from saccade.core.passes import Pass, Run
     from saccade.core.runtime import Runtime
 
@@ -47,6 +49,7 @@ class _Hook:
         self.site, self.runtime, self.native = site, runtime, native
         self.config, self.native_name = config, name
         self.shares = shares(site.module)
+        self.cached = site.tower == runtime.host.main_tower
 
     @functools.cached_property
     def owner(self) -> int | None:
@@ -74,13 +77,30 @@ def install(site: Site, runtime: Runtime) -> Callable[[], None]:
     shadow.__dict__["_attn_implementation_internal"] = name
     module.config = shadow
     module._saccade = _Hook(site, runtime, native, config, native_name)
+    unwrap = wrap(module, "compute_bias", _of_all_keys) if by_distance(module) else None
 
     def undo() -> None:
+        if unwrap is not None:
+            unwrap()
         if module.config is shadow:
             module.config = config
         del module._saccade
 
     return undo
+
+
+def _of_all_keys(
+    compute: Callable[..., Tensor],
+    query_length: int,
+    key_length: int,
+    *,
+    past_seen_tokens: Any = 0,
+    **options: Any,
+) -> Tensor:
+    """A term for every distance (1, heads, queries, keys), for the keys that left too."""
+    if isinstance(past_seen_tokens, int):  # else the cache is static, and nothing leaves
+        key_length = max(key_length, past_seen_tokens + query_length)
+    return compute(query_length, key_length, past_seen_tokens=past_seen_tokens, **options)
 
 
 def _eager(module: nn.Module) -> Callable[..., Any] | None:
@@ -92,6 +112,11 @@ def _eager(module: nn.Module) -> Callable[..., Any] | None:
                 if "eager" in name and "attention" in name and name in function.__globals__:  # type: ignore[union-attr]
                     return function.__globals__[name]  # type: ignore[union-attr]
     return None
+
+
+def unfolding(module: nn.Module) -> nn.Module | None:
+    """The linear map that unfolds all that a cache of latents holds, in every pass."""
+    return getattr(module, "kv_b_proj", None) if hasattr(module, "expand_kv") else None
 
 
 def _attention(
@@ -111,6 +136,8 @@ def _attention(
             if hasattr(module, "expand_kv"):  # the cache holds a latent
                 held_keys, held_values = module.expand_kv(held_keys, held_values)
             key, value = torch.cat([held_keys, key], 2), torch.cat([held_values, value], 2)
+    if pass_.tracked and kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = _distances(kwargs["position_bias"], site, key, pos)
     groups = pass_.groups
     unwanted = plan is None if groups is None else not any(p.plans.get(site) for _, p, _ in groups)
     eager = hook.native_name == "eager"
@@ -155,13 +182,13 @@ def _present(
 ) -> tuple[TrackedLayer | None, Tensor | None, Tensor | None, Any]:
     """The site's cache layer, the positions of its keys, the rows' places, and a mask that fits them."""
     removal = pass_.removal(hook.site)
-    keep = None if removal is None else removal.keep
+    keep = None if removal is None else removal.places
+    held = pass_.held(hook.owner, hook.site.kind) if pass_.tracked and hook.cached else None
     if hook.site.kind != "self":
         if keep is not None and mask is not None and mask.ndim == 4:
             rows = keep.clamp_min(0)[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
             mask = mask.expand(keep.shape[0], -1, -1, -1).gather(2, rows)
-        return None, None, keep, mask
-    held = pass_.held(hook.owner) if pass_.tracked else None
+        return held, *_crossed(hook, pass_, held, query, key, keep, mask)
     full = query.shape[2] if removal is None else removal.full
     if held is None:
         pos, start, ragged = None, 0, False
@@ -172,11 +199,12 @@ def _present(
         ragged = held.ragged or (keep is not None and bool((keep < 0).any()))
     if pos is None and keep is None:  # nothing is missing
         return held, None, None, mask
+    added = 0 if removal is None else query.shape[2] - removal.behind.start
     mask = fit_mask(
         mask,
-        queries=query.shape[2],
+        queries=query.shape[2] - added,
         groups=query.shape[1] // key.shape[1],
-        keep=keep,
+        keep=None if removal is None else removal.keep,
         pos=pos,
         start=start,
         ragged=ragged,
@@ -184,9 +212,67 @@ def _present(
         dtype=query.dtype,
         padding_only="flash" in hook.native_name,
     )
+    mask = _with_appended(mask, added)
     if pos is None and keep is not None:
-        pos = torch.where(keep < 0, -1, keep + (pass_.start if held is None else 0))
+        pos = torch.where(keep < 0, -1, keep + (pass_.logical_start(hook.site) if held is None else 0))
     return held, pos, keep, mask
+
+
+def _crossed(
+    hook: _Hook,
+    pass_: Pass,
+    held: TrackedLayer | None,
+    query: Tensor,
+    key: Tensor,
+    keep: Tensor | None,
+    mask: Any,
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """As `_present`, of another sequence, whose entries come once and stay in their places."""
+    if held is None:
+        return None, keep, mask
+    own = pass_.held(hook.owner)
+    if own is not None and own is not held:
+        own.beside = held
+    if held.pos is None:
+        return None, keep, mask
+    given = mask is not None
+    mask = fit_mask(
+        mask,
+        queries=query.shape[2],
+        groups=query.shape[1] // key.shape[1],
+        keep=None,
+        pos=held.pos,
+        start=0,
+        ragged=held.ragged,
+        causal=False,
+        dtype=query.dtype,
+        padding_only="flash" in hook.native_name,
+    )
+    if mask is not None and not given and hook.native_name == "eager":  # which adds it
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return held.pos, keep, mask
+
+
+def _distances(bias: Tensor, site: Site, key: Tensor, pos: Tensor | None) -> Tensor:
+    """A term for every distance (1, heads, queries, keys), for the keys that are left. To another sequence there is
+    no distance: there it is 0, made for the entries of the first layer."""
+    if site.kind == "cross":
+        return bias.new_zeros(*bias.shape[:3], key.shape[2])
+    if pos is None:
+        return bias
+    pos = pos[:, None] if pos.ndim == 2 else pos
+    index = pos.clamp_min(0)[:, :, None, :].expand(-1, *bias.shape[1:3], -1)
+    return bias.expand(index.shape[0], -1, -1, -1).gather(3, index)
+
+
+def _with_appended(mask: Tensor | None, added: int) -> Tensor | None:
+    """The mask with tokens behind the last that all see, and that see what the last sees."""
+    if mask is None or not added:
+        return mask
+    if mask.ndim == 2:
+        return torch.nn.functional.pad(mask, (0, added), value=1)
+    mask = torch.cat([mask, mask[:, :, -1:].expand(-1, -1, added, -1)], 2)
+    return torch.nn.functional.pad(mask, (0, added), value=mask.dtype == torch.bool)
 
 
 def shares(module: Any) -> bool:
@@ -218,6 +304,11 @@ def _positions_ahead(held: TrackedLayer, key: Tensor, keep: Tensor | None) -> Te
 def _native(call: AttentionCall) -> Tensor:
     hook: _Hook = call.site.module._saccade  # type: ignore[assignment]
     options: dict[str, Any] = call.options or {}
+    if hook.native_name == "flex_attention" and isinstance(call.mask, Tensor):
+        raise InputError(
+            f"{call.site.name}: flex attention as the library calls it takes no bias of every head.",
+            "load the model with attn_implementation='sdpa'",
+        )
     if call.mask is not None and not call.causal and options.get("is_causal"):
         options = {**options, "is_causal": False}
     out, call.returned_weights = hook.native(call.site.module, call.q, call.k, call.v, call.mask, **options)
@@ -384,22 +475,23 @@ class TransformersHost(PlainHost):
             uses = inputs.get("use_cache")
             if uses is False or (uses is None and not getattr(self.text_config, "use_cache", True)):
                 return inputs
-            if self.encoder_decoder or self.model.training or "past_key_values" not in self.parameters:
+            if self.model.training or "past_key_values" not in self.parameters:
                 return inputs
-            cache = new_cache(self.text_config)
+            cache = new_cache(self.text_config, self.encoder_decoder)
         if not isinstance(cache, Cache):
             raise InputError(
                 f"A {type(cache).__name__} is no cache that tokens could leave.", "pass a DynamicCache"
             )
         return {**inputs, "past_key_values": track(cache)}
 
-    def cache_layers(self, cache: Any) -> list[TrackedLayer]:
-        return getattr(cache, "self_attention_cache", cache).layers if cache is not None else []
+    def cache_layers(self, cache: Any, kind: str = "self") -> list[TrackedLayer]:
+        return getattr(cache, f"{kind}_attention_cache", cache).layers if cache is not None else []
 
     @contextlib.contextmanager
     def attended(self, cache: Any, tracked: bool) -> Iterator[None]:
         """While a pass runs that knows, or does not, which entries are missing."""
-        layers = [layer for layer in self.cache_layers(cache) if isinstance(layer, TrackedLayer)]
+        every = [*self.cache_layers(cache), *self.cache_layers(cache, "cross")]
+        layers = list({id(layer): layer for layer in every if isinstance(layer, TrackedLayer)}.values())
         before = [layer.attended for layer in layers]
         for layer in layers:
             layer.attended = tracked
@@ -537,13 +629,33 @@ class TransformersHost(PlainHost):
             both[name] = torch.cat([mine, torch.cat([filler.expand(-1, gap), theirs], 1)])
         return both
 
+    def space(self, name: str, states: Tensor, pass_: Pass) -> Layout:
+        """What an encoder reads, with pictures among its words, is told by its ids."""
+        mark, ids = self.vocabulary.placeholders.get("image"), pass_.run.inputs.get("input_ids")
+        rows, tokens = states.shape[0], states.shape[2]
+        encoded = self.encoder_decoder and name in ("encoder", "text.context")
+        if not encoded or mark is None or not isinstance(ids, Tensor) or ids.shape[1] != tokens:
+            return super().space(name, states, pass_)
+        sequence, beams = Sequence(self.vocabulary), rows // ids.shape[0]
+        ids = ids.repeat_interleave(beams, 0)
+        sequence.extend(ids, (rows, tokens), ids.device, generated=False, samples=rows // beams)
+        mask = pass_.run.inputs.get("attention_mask")
+        sequence.pad(None if mask is None else mask.repeat_interleave(beams, 0))
+        counts = (ids == mark).sum(1).tolist()
+        boxes = pass_.run.boxes.get("image")
+        if boxes is not None and len(boxes) * beams == sum(counts):
+            parts = [part for part in boxes.split(counts[::beams]) for _ in range(beams)]
+            sequence.add_items("image", [[count] for count in counts], parts)
+        return sequence.layout()
+
     def kind_of(self, name: str, pass_: Pass) -> str:
         """What a space other than the main sequence is made of."""
         if name == "encoder" or name.endswith(".context"):
             inputs = pass_.inputs
             if "input_features" in inputs or name == "audio":
                 return "audio"
-            return "image" if self.vocabulary.placeholders.get("image") is not None else "text"
+            sees = "image" in self.vocabulary.placeholders or any(s.tower == "vision" for s in self.sites)
+            return "image" if sees else "text"
         return super().kind_of(name, pass_)
 
 

@@ -33,10 +33,14 @@ class Head:
     cap: float | None = None
 
     def __call__(self, h: Tensor, *, norm: bool = True) -> Tensor:
+        h = self.before(h, norm=norm)
+        return self.after(self.head(h if self.factor == 1 else h * self.factor))
+
+    def before(self, h: Tensor, *, norm: bool = True) -> Tensor:
         for module in self.modules:
             if norm or not is_norm(module):
                 h = module(h)
-        return self.after(self.head(h if self.factor == 1 else h * self.factor))
+        return h
 
     def after(self, logits: Tensor) -> Tensor:
         logits = logits if self.logit_factor == 1 else logits * self.logit_factor

@@ -40,7 +40,7 @@ def with_pictures(run: Run) -> dict[str, Any] | None:
     """The prompt's inputs; in a later turn with the pictures of an earlier one. None where there are none."""
     assert run.last is not None
     state, ids = run.last.sequence.state_of(run.method), run.inputs["input_ids"]
-    if any(name.startswith("pixel_values") for name in run.inputs):
+    if any("pixel_values" in name for name in run.inputs):
         given = {n: v for n, v in run.inputs.items() if isinstance(v, Tensor) and n not in WORDS}
         state["seen"] = Seen(ids.shape, given)
     seen = state.get("seen")
