@@ -174,7 +174,12 @@ class ViCrop(Driver):
         name = _pixels_of(inputs)
         pixels = inputs[name] = inputs[name].detach().requires_grad_()
         out = session.forward(inputs, grad=True)
-        (slope,) = torch.autograd.grad(_likeliest(out), pixels)
+        (slope,) = torch.autograd.grad(_likeliest(out), pixels, allow_unused=True)
+        if slope is None:
+            raise InputError(
+                f"{type(session.model).__name__} reads pictures as codes, through which no gradient comes to pixels.",
+                "use map='rel' or map='grad'",
+            )
         return _of_channels(slope[..., None].float().cpu())[..., 0].norm(dim=-1)
 
 
@@ -319,7 +324,7 @@ def _likeliest(out: Any) -> Tensor:
 
 
 def _pixels_of(inputs: Mapping[str, Any]) -> str:
-    return next(name for name in inputs if name.startswith("pixel_values"))
+    return next(name for name in inputs if "pixel_values" in name)
 
 
 def _queries(session: Session) -> str:
