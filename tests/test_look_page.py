@@ -15,6 +15,7 @@ import torch
 
 import saccade as sc
 from saccade.core.errors import InputError
+from saccade.core.faithfulness import REVERSE, Faithfulness
 from saccade.core.record import Recording
 
 CHROMIUM = shutil.which("chromium")
@@ -327,7 +328,16 @@ def test_it_is_legible_everywhere(
         return (high + 0.05) / (low + 0.05)
 
     assert (style("body", "backgroundColor") < 0.1) == (scheme == "dark")
-    for text in ("#told", "#told strong", "#sinks", "figcaption", "#legend", ".line.asked", "#tiles button"):
+    for text in (
+        "#told",
+        "#told strong",
+        "#sinks",
+        "figcaption",
+        "#faith p",
+        "#legend",
+        ".line.asked",
+        "#tiles button",
+    ):
         assert contrast(text, "body") > 4.5, text
     assert contrast("[aria-checked=true]", "[aria-checked=true]") > 4.5
 
@@ -384,6 +394,94 @@ def test_two_runs_stand_side_by_side(show: Open, seen: Recording, beside: Record
     assert shown(tab, 1).ndim == shown(tab, 2).ndim == 0 and pixels(tab, 1).max() == 0
     chip(tab, "describe", 0).click()  # of the question, which both have read
     assert shown(tab, 2).shape == (144,)
+
+
+# ---- what was removed, and how faithful a map is -------------------------------------------------------
+
+
+@browsing
+def test_places_whose_tokens_were_removed_are_hatched(show: Open, seen: Recording, beside: Recording) -> None:
+    word = beside.words[said(beside, 0)].text
+    tab = show(seen.page(beside, word))
+    layout = beside.layouts[0]
+    kept = {int(p) for part in beside.parts if part.columns is not None for p in part.columns.flatten()}
+    gone = np.array([int(p) not in kept for p in layout.where("image")[0].nonzero()[:, 0]]).reshape(12, 12)
+    assert gone.sum() == 72
+    struck = pixels(tab, 1)[15::30, 15::30] >= 216
+    np.testing.assert_array_equal(struck, gone)
+    captions = tab.locator("figcaption")
+    assert "hatched: 72 of 144 places were removed" in captions.nth(1).inner_text()
+    assert "removed" not in captions.nth(0).inner_text() + captions.nth(2).inner_text()
+    row, column = np.argwhere(gone)[0] + 0.5
+    box = tab.locator(".stage").nth(1).bounding_box()
+    tab.mouse.move(box["x"] + column / 12 * box["width"], box["y"] + row / 12 * box["height"])
+    assert captions.nth(1).locator(".here").inner_text() == "here removed"
+
+
+@browsing
+def test_places_that_some_layers_have(show: Open) -> None:
+    """Hatched are those that none of the chosen layers has."""
+    seen = look(9, stack="pyramiddrop", tokens=4)
+    word = said(seen, 0)
+    tab = show(seen.page(word=word))
+    layers, columns = (
+        seen.map("text.*.self", word=word),
+        seen.layouts[0].where("image")[0].nonzero()[:, 0].tolist(),
+    )
+    for layer in (0, 7):
+        held = {
+            int(p) for part in seen.parts if part.site == f"text.{layer}.self" for p in part.columns.flatten()
+        }
+        tab.get_by_role("button", name=f"Layer {layer}: ").click()
+        struck = (pixels(tab)[15::30, 15::30] >= 216).ravel()
+        np.testing.assert_array_equal(struck, [column not in held for column in columns])
+        np.testing.assert_array_equal(struck, layers.layers(layer).absent().ravel())
+    assert struck.any()
+
+
+@browsing
+def test_how_faithful_a_map_is_stands_beside_it(show: Open, seen: Recording, beside: Recording) -> None:
+    one, other = copy.deepcopy(seen), copy.deepcopy(beside)
+    index, removed = said(one, 1), [0.0, 0.5, 1.0]
+    curves = {
+        "map": [[0.9, 0.3, 0.1]],
+        "reversed": [[0.9, 0.8, 0.1]],
+        "random": [[0.9, 0.5, 0.1], [0.9, 0.1, 0.1]],
+    }
+    one.faithfulness = [
+        Faithfulness([index], "", 0, removed, curves),
+        Faithfulness(one.indices(), "", 0, removed, curves | {"map": [[0.9, 0.7, 0.1]]}),
+    ]
+    text = one.words[index].text
+    tab = show(one.page(other, index))
+    told = tab.locator("#faith p")
+    # The areas: 0.25 * (0.9 + 2 p + 0.1).
+    averages = "40% brightest first, 40% random order, 65% faintest first"
+    said_of = told.nth(0).inner_text()
+    assert said_of.startswith(f"without methods +0.00 The probability of “{text}” is 90%. ")
+    assert f"While places are removed, its mean is {averages}; it ends at 10%." in said_of
+    assert "beats 1 of 2 random orders" in said_of
+    assert "Not measured for this word." in told.nth(1).inner_text()
+    lines = [tab.locator(f"#faith .{name}[points]") for name in curves]
+    wanted = " ".join(f"{30 + 290 * x:.1f},{104 - 96 * p:.1f}" for x, p in zip(removed, curves["map"][0]))
+    assert lines[0].first.get_attribute("points") == wanted and lines[2].count() == 3  # two runs, and the key
+    chip(tab, "the whole answer", 1).click()
+    assert "−0.20" in told.nth(0).inner_text() and "90% a token" in told.nth(0).inner_text()
+    chip(tab, "describe", 0).click()
+    assert (
+        told.nth(0).inner_text()
+        == f"without methods Not measured for this word; +0.00 for “{text}”, −0.20 for the whole answer."
+    )
+    assert not tab.locator("#faith svg").first.is_visible()
+
+
+def test_the_map_of_a_one_word_answer_is_the_words_map() -> None:
+    seen = look(9, asked="what colour is the car ?")
+    seen.faithfulness = [
+        Faithfulness(seen.indices(), "", 0, [0.0, 1.0], {key: [[1.0, 0.0]] for key in REVERSE})
+    ]
+    chip = 1 + words(seen).index(seen.words.index(seen.word("yellow")))
+    assert f'"faithfulness":[{{"words":[0,{chip}],' in seen.page()
 
 
 # ---- what is written into it ---------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import shared
+from helpers import shared, unchanged
 from PIL import Image
 from zoo import Family, family, select
+from zoo.words import tokenizer
 
 import saccade as sc
 from saccade import cli, looking
@@ -43,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_family_answers_and_is_looked_at(f: Family) -> None:
     model, processor = shared(f.name), f.processor()
     answer = looking.ask(model, processor, picture(), QUESTION, max_new_tokens=4)
-    seen = looking.look(model, processor, picture(), QUESTION, max_new_tokens=4, min_new_tokens=4)
+    spoken = {"max_new_tokens": 4, "min_new_tokens": 4, "suppress_tokens": [0]}  # not padding
+    seen = looking.look(model, processor, picture(), QUESTION, **spoken)
     assert isinstance(answer, str) and answer.tokens <= 4 and answer.seconds > 0
     total = seen.map(sample=0).tensor.sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total), atol=2e-3, rtol=0)
@@ -94,6 +96,15 @@ def test_a_prompt_without_a_place_for_the_picture_is_refused(name: str) -> None:
     processor.chat_template = None
     with pytest.raises(InputError, match="no place for the picture"):
         looking.look(shared(name), processor, picture(), QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("processor", "why"),
+    [(family("llava").processor, "LlamaForCausalLM takes no pictures"), (tokenizer, "makes nothing of pictures")],
+)
+def test_a_picture_that_nobody_looks_at_is_refused(processor: Any, why: str) -> None:
+    with unchanged(shared("llama")), pytest.raises(InputError, match=why):
+        sc.ask(shared("llama"), processor(), picture(), QUESTION)
 
 
 def test_a_stack_is_at_work_and_is_told() -> None:

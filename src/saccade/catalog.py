@@ -23,7 +23,8 @@ from saccade.core.card import Card
 from saccade.core.errors import OptionError, SaccadeError, UnknownMethodError, nearest
 
 ROOT = Path(__file__).parent
-FAMILIES = ("reduction", "steering", "probes", "diffusion", "training", "gaze", "networks", "layers")
+FAMILIES = ("reduction", "steering", "probes", "diffusion", "training", "gaze", "networks", "layers", "evals")
+SHARED = "evals"  # where a file without a card is no system: it helps to score
 
 
 class CardError(SaccadeError):
@@ -208,6 +209,8 @@ def _files(root: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for family in FAMILIES:
         for path in sorted((root / family).glob("[!_]*.py")):
+            if family == SHARED and not _CARD.search(path.read_text("utf-8")):
+                continue
             if path.stem in found:
                 raise CardError(f"{path}: the slug is taken by {found[path.stem]}.", "Rename one of them.")
             found[path.stem] = path

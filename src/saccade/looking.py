@@ -12,10 +12,11 @@ from saccade.core.errors import InputError
 from saccade.core.method import Method
 from saccade.core.question import Answer, Question, pictures_of
 from saccade.core.question import prepare as prepare
-from saccade.core.record import Recording
+from saccade.core.record import Recording, Words
 from saccade.core.recorder import Record
 from saccade.core.session import attach
 from saccade.core.system import System
+from saccade.evals.faithfulness import faithfulness
 from saccade.loading import load_model as load_model
 from saccade.stack import load, written
 
@@ -86,6 +87,22 @@ def look(
     recording.prompt = question
     recording.stack = "+".join(written(m) if hasattr(m, "card") else type(m).__name__ for m in methods)
     return recording.with_words(processor).with_pictures(images)
+
+
+def weigh(
+    model: Any,
+    processor: Any,
+    image: Images,
+    seen: Recording,
+    word: Words = None,
+    stack: Stacked = None,
+) -> Recording:
+    """Measure how faithful the map of a word is, or of the answer, and keep it with the recording, whose pictures
+    tell it from then on: see `core/faithfulness.py`."""
+    if not seen.measured(word):
+        _, methods = _parts(stack)
+        seen.faithfulness.append(faithfulness(model, processor, pictures_of(image), seen, word, methods))
+    return seen
 
 
 def _parts(stack: Stacked) -> tuple[Driver | None, list[Method]]:

@@ -17,6 +17,7 @@ STOPS = (
 )
 SMALLEST = 512  # pixels of the longer side: smaller pictures are enlarged
 VEIL = 0.7  # of the colour at full strength
+STRIPE = 1 / 24  # of a removed place's side, the distance of its stripes being six times that
 
 
 def colours(strength: np.ndarray) -> np.ndarray:
@@ -55,13 +56,17 @@ def overlay(
     *,
     top: float | None = None,
     legend: bool = True,
+    gone: np.ndarray | None = None,
 ) -> Image.Image:
-    """The picture with `heat` (rows, columns) over it, and a scale below. Small pictures are enlarged."""
+    """The picture with `heat` (rows, columns) over it, and a scale below. Small pictures are enlarged. Places that
+    are `gone` (rows, columns) are hatched."""
     factor = max(1.0, SMALLEST / max(picture.size))
     width, height = (max(1, round(side * factor)) for side in picture.size)
     large = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     top = float(heat.max()) if top is None else top
     drawn = blend(large, heat, top)
+    if gone is not None and gone.any():
+        drawn = hatched(drawn, gone)
     if not legend:
         return drawn
     size = max(11, round(max(width, height) / 36))
@@ -69,6 +74,19 @@ def overlay(
     page.paste(drawn)
     _scale(page, height + size // 2, size, top, caption)
     return page
+
+
+def hatched(picture: Image.Image, gone: np.ndarray) -> Image.Image:
+    """The picture, grey and striped in the places (rows, columns) that are gone."""
+    pixels = np.asarray(picture, float)
+    y, x = np.ogrid[: picture.height, : picture.width]
+    rows, columns = gone.shape
+    there = gone[y * rows // picture.height, x * columns // picture.width]
+    wide = max(1, round(STRIPE * min(picture.height / rows, picture.width / columns)))
+    stripe = (x + y) % (6 * wide) < wide
+    grey = 0.5 * pixels.mean(-1, keepdims=True) + 30
+    struck = np.where(stripe[..., None], 170, grey)
+    return Image.fromarray(np.where(there[..., None], struck, pixels).round().astype(np.uint8))
 
 
 def _scale(page: Image.Image, y: int, size: int, top: float, caption: str) -> None:

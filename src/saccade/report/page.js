@@ -64,9 +64,27 @@ class Packed extends Table {
   factor(at) { return this.tops[at] }
 }
 
+/** Of every word, layer and head, or of all heads alike, a bit for each of `n` places. */
+class Bits {
+  constructor({alike, bits}, n) { this.bits = bytes(bits); this.heads = alike ? 1 : HEADS; this.n = n }
+
+  /** Where all of them are set. */
+  all(word, layer, head) {
+    const found = new Uint8Array(this.n).fill(1)
+    for (const l of range(layer, LAYERS)) {
+      for (const h of this.heads === 1 ? [0] : range(head, HEADS)) {
+        const from = ((word * LAYERS + l) * this.heads + h) * this.n
+        for (let i = 0, at = from; i < this.n; i++, at++) found[i] &= this.bits[at >> 3] >> (7 - (at & 7))
+      }
+    }
+    return found
+  }
+}
+
 const runs = DATA.runs.map(told => ({
   ...told,
   maps: told.maps.map(map => new Packed(map)),
+  gone: told.gone.map((gone, p) => gone && new Bits(gone, DATA.pictures[p].rows * DATA.pictures[p].columns)),
   onto: new Packed(told.onto),
   shares: new Table(floats(told.shares), DATA.shares.length),
 }))
@@ -123,6 +141,29 @@ function paint(canvas, numbers, low, high, table) {
   const scale = high > low ? 255 / (high - low) : 0
   for (let i = 0; i < pixels.length; i++) pixels[i] = table[Math.min(255, ((numbers[i] - low) * scale + 0.5) | 0)]
   canvas.getContext("2d").putImageData(image, 0, 0)
+}
+
+const HATCH = (() => {
+  const tile = make("canvas", {width: 9, height: 9}), pen = tile.getContext("2d")
+  pen.fillStyle = "rgb(62 62 70 / .85)"
+  pen.fillRect(0, 0, 9, 9)
+  pen.strokeStyle = "rgb(185 185 195)"
+  for (const from of [0, 9, 18]) {
+    pen.moveTo(from, 0)
+    pen.lineTo(from - 9, 9)
+  }
+  pen.stroke()
+  return pen.createPattern(tile, "repeat")
+})()
+
+/** Places that are gone, over what was painted. */
+function strike(canvas, gone, fill) {
+  const {rows, columns} = DATA.pictures[state.picture], pen = canvas.getContext("2d")
+  const wide = canvas.width / columns, high = canvas.height / rows
+  pen.beginPath()
+  gone.forEach((out, i) => { if (out) pen.rect((i % columns) * wide, Math.floor(i / columns) * high, wide, high) })
+  pen.fillStyle = fill
+  pen.fill()
 }
 
 // ---- what is chosen ----------------------------------------------------------------------------------
@@ -197,18 +238,19 @@ function drawWords() {
 
 const stages = [...runs.keys(), ...(runs.length > 1 ? ["difference"] : [])].map(what => {
   const difference = what === "difference", part = name => make("span", {class: name})
-  const stage = {what, difference, heat: null, image: make("img"), canvas: make("canvas", {role: "img"})}
-  Object.assign(stage, {low: part("low"), scale: part("scale"), high: part("high"), here: part("here")})
+  const stage = {what, difference, heat: null, gone: null, image: make("img"), canvas: make("canvas", {role: "img"})}
+  for (const name of ["low", "scale", "high", "removed", "here"]) stage[name] = part(name)
   stage.box = make("div", {class: difference ? "stage difference" : "stage"}, stage.image, stage.canvas)
   const title = runs.length > 1 ? [make("strong", {}, difference ? "Difference" : named(what))] : []
-  const caption = make("figcaption", {}, ...title, stage.low, stage.scale, stage.high, stage.here)
+  const caption = make("figcaption", {}, ...title, stage.low, stage.scale, stage.high, stage.removed, stage.here)
   $("stages").append(make("figure", {}, stage.box, caption))
   stage.scale.style.background = gradient(difference ? CHANGE : OPAQUE)
   stage.box.onpointermove = event => {
     const {rows, columns} = DATA.pictures[state.picture], area = stage.box.getBoundingClientRect()
     const at = (from, size, count) => Math.min(count - 1, Math.max(0, Math.floor((from / size) * count)))
     const x = at(event.clientX - area.left, area.width, columns), y = at(event.clientY - area.top, area.height, rows)
-    stage.here.textContent = stage.heat ? `here ${percent(stage.heat[y * columns + x])}` : ""
+    const i = y * columns + x, here = stage.gone?.[i] ? "here removed" : stage.heat && `here ${percent(stage.heat[i])}`
+    stage.here.textContent = here || ""
   }
   stage.box.onpointerleave = () => { stage.here.textContent = "" }
   return stage
@@ -259,7 +301,10 @@ function drawPictures() {
   const heats = runs.map((run, r) => wordIn(r) == null ? null : run.maps[picture].mean(wordIn(r), layer, head))
   const top = Math.max(...heats.map((heat, r) => heat ? largest(heat, r, layer) : 0))
   for (const stage of stages) {
-    if (!stage.difference) drawHeat(stage, heats[stage.what], top)
+    if (!stage.difference) {
+      drawHeat(stage, heats[stage.what], top)
+      drawGone(stage, heats[stage.what] && runs[stage.what].gone[picture])
+    }
     else drawChange(stage, heats.every(heat => heat) ? heats[1].map((value, i) => value - heats[0][i]) : null)
   }
   strip.forEach(({button, share}, p) => {
@@ -275,6 +320,13 @@ function drawHeat(stage, heat, top) {
   const mark = heat.some(value => value > top) ? "≥ " : ""
   drawStage(stage, heat, heat.map(value => Math.min(value, top)), 0, top, VEIL)
   tellScale(stage, "0", `${mark}${percent(top)} per token`, `Heat: ${described(heat, stage.what)}`)
+}
+
+function drawGone(stage, bits) {
+  stage.gone = bits ? bits.all(wordIn(stage.what), state.layer, state.head) : null
+  const count = stage.gone ? stage.gone.reduce((a, b) => a + b, 0) : 0
+  if (count) strike(stage.canvas, stage.gone, HATCH)
+  stage.removed.textContent = count ? `hatched: ${count} of ${stage.gone.length} places were removed` : ""
 }
 
 function drawChange(stage, change) {
@@ -334,6 +386,52 @@ function compared() {
     return `${round(on)} of the attention is on the picture ${run.stack ? "with " : ""}${named(r)}`
   })
   return [`: ${each.join("; ")}`]
+}
+
+// ---- faithfulness ------------------------------------------------------------------------------------
+
+const ORDERS = {map: "brightest first", random: "random order", reversed: "faintest first"}
+const faith = runs.map(() => {
+  const told = make("p"), chart = make("div", {class: "chart", role: "img"})
+  $("faith").append(make("div", {}, told, chart))
+  return {told, chart}
+})
+const gain = one => {
+  const by = one.areas.random - one.areas.map
+  return (by < 0 ? "−" : "+") + Math.abs(by).toFixed(2)
+}
+
+function drawFaith() {
+  runs.forEach((run, r) => {
+    const word = wordIn(r), {told, chart} = faith[r]
+    const own = run.faithfulness.find(one => one.words.includes(word)), start = runs.length > 1 ? [make("b", {}, named(r)), " "] : []
+    chart.hidden = !own
+    if (!own) {
+      const others = run.faithfulness.map(one => `${gain(one)} for ${quoted(r, one.words[0])}`)
+      told.replaceChildren(...start, `Not measured for this word${others.length ? `; ${others.join(", ")}` : ""}.`)
+      return
+    }
+    const p = own.curves.map[0], areas = Object.entries(ORDERS).map(([name, what]) => `${round(own.areas[name])} ${what}`)
+    const what = `The probability of ${quoted(r, word)} is ${round(p[0])}${word === 0 ? " a token" : ""}`
+    const falls = `While places are removed, its mean is ${areas.join(", ")}; it ends at ${round(p.at(-1))}`
+    const beaten = `The map, of all layers and heads, beats ${own.beaten} of ${many(own.curves.random.length, "random order")}`
+    told.replaceChildren(...start, make("strong", {}, gain(own)), ` ${what}. ${falls}. ${beaten}.`)
+    chart.innerHTML = plotted(own)
+    chart.setAttribute("aria-label", `Its probability while places are removed: ${areas.join(", ")}`)
+  })
+}
+
+/** Deletion curves, numbers only. */
+function plotted({removed, curves}) {
+  const point = (share, p) => `${(30 + 290 * share).toFixed(1)},${(104 - 96 * p).toFixed(1)}`
+  const line = (name, run) => `<polyline class="${name}" points="${run.map((p, i) => point(removed[i], p)).join(" ")}"/>`
+  const lines = ["random", "reversed", "map"].flatMap(name => curves[name].map(run => line(name, run)))
+  const keys = Object.keys(ORDERS).map((name, i) =>
+    `<polyline class="${name}" points="${40 + 96 * i},135 ${58 + 96 * i},135"/>` +
+    `<text x="${62 + 96 * i}" y="138.5">${ORDERS[name]}</text>`)
+  return `<svg viewBox="0 0 330 144"><path d="M30 8V104H320"/><text x="0" y="12">100%</text>` +
+    `<text x="12" y="107">0%</text><text x="30" y="119">0%</text><text x="320" y="119" text-anchor="end">` +
+    `100% of the places removed</text>${lines.join("")}${keys.join("")}</svg>`
 }
 
 // ---- layers and heads --------------------------------------------------------------------------------
@@ -462,6 +560,8 @@ function drawTile(tile) {
   const share = runs[run].shares.values[i * DATA.shares.length + IMAGE]
   const heat = map.mean(word, tile.layer, tile.head)
   paint(tile.canvas, heat, 0, largest(heat, run, tile.layer), OPAQUE)
+  const gone = runs[run].gone[state.picture]
+  if (gone) strike(tile.canvas, gone.all(word, tile.layer, tile.head), "rgb(98 98 106)")
   const layer = DATA.layers[tile.layer], head = DATA.heads[tile.head]
   const name = DATA.merged ? `Layer ${layer}` : `Layer ${layer}, head ${head}`
   tile.label.textContent = DATA.merged ? `L${layer}` : `L${layer} H${head}`
@@ -506,6 +606,7 @@ function render() {
   $("head").tell()
   drawShares()
   drawSinks()
+  drawFaith()
   cancelAnimationFrame(waiting)
   waiting = requestAnimationFrame(() => setTimeout(drawTiles))
 }

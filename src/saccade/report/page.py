@@ -21,12 +21,12 @@ from saccade.core.reduce import segments
 from saccade.report.overlay import colours, veil
 
 if TYPE_CHECKING:
+    from saccade.core.faithfulness import Faithfulness
     from saccade.core.map import Map
     from saccade.core.record import Recording, Words
 
 SHARES = ("image", "question", "answer", "sinks", "rest")
 WHOLE = "the whole answer"
-LONG = 3  # letters that most words of grammar have at most
 
 
 def page(seen: Recording, beside: Recording | None = None, word: Words = None, sample: int = 0) -> str:
@@ -81,7 +81,10 @@ class _Run:
             )
         chosen = [whole.tensor[:, :, index].mean(2) for index in (said, *self.rows.values())]
         labels = {"word": (WHOLE, *self.words), **{a: whole.labels[a] for a in ("layer", "head", "column")}}
-        self.map = replace(whole, tensor=torch.stack(chosen), labels=labels)
+        gone = whole.gone
+        if gone is not None:
+            gone = torch.stack([gone[:, :, index].all(2) for index in (said, *self.rows.values())])
+        self.map = replace(whole, tensor=torch.stack(chosen), labels=labels, gone=gone)
         grids = [self.map.grids(item) for item in range(seen.pictures_of(sample))]
         self.grids = [grid.shape[-2:] for grid in grids]
         self.places = [grid.flatten(-2).float() for grid in grids]  # (words, layers, heads, cells) each
@@ -91,15 +94,14 @@ class _Run:
         return (*self.map.tensor.shape[1:3], tuple(self.grids), tuple(s.name for s in self.map.sites))
 
     def start(self, word: Words) -> int:
-        """The word that the page opens with: else the long one of the answer that was looked for most sharply."""
+        """The word that the page opens with, the sharpest where none is named."""
         if isinstance(word, str | int):
             index = self.seen.words_of(self.sample).index(self.seen.word(word, self.sample))
             if index not in self.words:
                 raise InputError(f"Rows of {word!r} were not recorded.", "record rows='after_image' or 'all'")
             return 1 + [*self.words].index(index)
-        peaks = torch.stack([p.mean((1, 2)).amax(-1) for p in self.places]).amax(0)
-        said = [(i, len(w.text)) for i, w in enumerate(self.words.values(), 1) if w.said and w.text.isalnum()]
-        return max(said, key=lambda word: (word[1] > LONG, float(peaks[word[0]])), default=(0, 0))[0]
+        sharpest = self.seen.sharpest(self.sample)
+        return 0 if sharpest is None else 1 + [*self.words].index(sharpest)
 
     def data(self) -> dict[str, Any]:
         seen, columns = self.seen, list(self.map.labels["column"])
@@ -124,6 +126,8 @@ class _Run:
             "words": [{"text": WHOLE, "said": True}]
             + [{"text": word.text, "said": word.said} for word in self.words.values()],
             "maps": [_packed(place) for place in self.places],
+            "gone": [self._gone(item) for item in range(len(self.places))],
+            "faithfulness": [told for one in seen.faithfulness if (told := self._measured(one))["words"]],
             "shares": _bytes(torch.stack(shares, 1), np.float32),  # (words, layers, heads, SHARES)
             "onto": _packed(self.map.tensor @ onto),
             "sinks": sinks and {
@@ -131,6 +135,27 @@ class _Run:
                 "layers": [[drawing.index(p) for p in sinks[site.name]] for site in self.map.sites],
             },
         }  # fmt: skip
+
+    def _gone(self, item: int) -> dict[str, Any] | None:
+        """Bits of the places whose tokens were removed, by word, layer and head, or for all heads alike."""
+        gone = self.map.absents(item).expand(*self.map.tensor.shape[:3], *self.grids[item]).flatten(-2)
+        if not gone.any():
+            return None
+        alike = bool((gone == gone[:, :, :1]).all())
+        bits = np.packbits((gone[:, :, :1] if alike else gone).numpy())
+        return {"alike": alike, "bits": _bytes(torch.from_numpy(bits), np.uint8)}
+
+    def _measured(self, one: Faithfulness) -> dict[str, Any]:
+        """With the choices whose map it is: a word, the whole answer, or both."""
+        whole = [0] if one.words == self.seen.indices(None, self.sample) else []
+        own = [1 + at for at, i in enumerate(self.words) if one.words == [i]]
+        return {
+            "words": whole + own if one.sample == self.sample else [],
+            "removed": one.removed,
+            "curves": {order: np.round(runs, 4).tolist() for order, runs in one.curves.items()},
+            "areas": {order: round(one.deletion(order), 4) for order in one.curves},
+            "beaten": one.beaten,
+        }
 
     def _sink(self, position: int) -> dict[str, Any]:
         """What a token writes, or where it lies on which picture, as shares of its sides."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from saccade.core.record import Recording, Words
 
 SHADES = " ·░▒▓█"
+GONE = "╱"  # a place whose tokens were removed
 WIDEST = 48  # characters of a picture
 BAR = 30
 HALF = "▀"  # two pixels: the letter's colour above the ground's
@@ -25,26 +26,28 @@ def safe(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def picture(heat: np.ndarray, size: tuple[int, int], width: int = WIDEST) -> str:
-    """Heat (rows, columns) over a picture of that size (width, height), in shades."""
+def picture(heat: np.ndarray, gone: np.ndarray, size: tuple[int, int], width: int = WIDEST) -> str:
+    """Heat (rows, columns) over a picture of that size (width, height), in shades; places that are gone are struck."""
     columns, rows = _cells(size, width)
     fine = enlarged(heat, (columns, rows))
     strength = np.clip(fine / fine.max(), 0, 1) if fine.max() > 0 else np.zeros_like(fine)
     level = (strength * (len(SHADES) - 1)).round().astype(int)
-    lines = ["│" + "".join(SHADES[i] for i in row) + "│" for row in level]
+    struck = _at(gone, rows, columns)
+    letters = np.where(struck, GONE, np.array([*SHADES])[level])
+    lines = ["│" + "".join(row) + "│" for row in letters]
     return "\n".join(["┌" + "─" * columns + "┐", *lines, "└" + "─" * columns + "┘"])
 
 
-def coloured(image: Image.Image, heat: np.ndarray, width: int = WIDEST) -> str:
-    """The picture itself under the heat, in 24-bit colours."""
+def coloured(image: Image.Image, heat: np.ndarray, gone: np.ndarray, width: int = WIDEST) -> str:
+    """The picture itself under the heat, in 24-bit colours; places that are gone are struck."""
     columns, rows = _cells(image.size, width)
     small = image.convert("RGB").resize((columns, 2 * rows), Image.Resampling.BOX)
     pixels = np.asarray(blend(small, heat)).reshape(rows, 2, columns, 3)
     lines = []
-    for upper, lower in pixels:
+    for (upper, lower), struck in zip(pixels, _at(gone, rows, columns), strict=True):
         cells = (
-            f"\033[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m{HALF}"
-            for a, b in zip(upper, lower, strict=True)
+            f"\033[38;2;{a[0]};{a[1]};{a[2]};48;2;{b[0]};{b[1]};{b[2]}m{GONE if out else HALF}"
+            for a, b, out in zip(upper, lower, struck, strict=True)
         )
         lines.append("".join(cells) + "\033[0m")
     return "\n".join(lines)
@@ -66,14 +69,17 @@ def recording(seen: Recording, word: Words, width: int, *, colour: bool = False,
     found = seen.seen(word, sample)
     for item in range(seen.pictures_of(sample)):
         try:
-            heat, image = found.grid(item), found.picture(item)
+            heat, gone, image = found.grid(item), found.absent(item), found.picture(item)
         except InputError:  # of this picture nothing was recorded
             continue
         room = min(WIDEST, width - 2)
-        blocks.append(coloured(image, heat, room) if colour else picture(heat, image.size, room))
+        drawn = coloured(image, heat, gone, room) if colour else picture(heat, gone, image.size, room)
+        blocks.append(drawn + told_gone(gone))
     layers, heads = (len(found.labels[axis]) for axis in ("layer", "head"))
     what = f"while saying: {safe(found.caption)}" if found.caption else "in all recorded rows"
     blocks.append(f"attention {what} (mean of {layers} layers, {heads} heads)")
+    if measured := seen.measured(word, sample):
+        blocks.append(textwrap.fill(str(measured), width))
     try:
         by_layer = seen.share(word, sample)
     except InputError:  # only some columns were recorded
@@ -81,6 +87,15 @@ def recording(seen: Recording, word: Words, width: int, *, colour: bool = False,
     names = next(iter(by_layer.values()))
     blocks.append(shares({n: sum(s[n] for s in by_layer.values()) / len(by_layer) for n in names}, width))
     return "\n".join(blocks)
+
+
+def told_gone(gone: np.ndarray) -> str:
+    return f"\n{GONE} {int(gone.sum())} of {gone.size} places were removed" if gone.any() else ""
+
+
+def _at(gone: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Places in rows and columns of characters."""
+    return gone[np.arange(rows) * gone.shape[0] // rows][:, np.arange(columns) * gone.shape[1] // columns]
 
 
 def _cells(size: tuple[int, int], width: int) -> tuple[int, int]:
