@@ -185,6 +185,7 @@ def looking(monkeypatch, tmp_path):
         save=lambda path: asked.append(("save", path)),
         overlay=lambda word: SimpleNamespace(save=lambda path: asked.append((f"overlay of {word}", path))),
         page=lambda beside, word: f"<page of {word}{' beside another' if beside else ''}>",
+        sharpest=lambda: 2,
     )
 
     def look(model, processor, images, question, stack=None, rows="generated"):
@@ -192,9 +193,15 @@ def looking(monkeypatch, tmp_path):
         answer(model, processor, images[0], question, stack)
         return recording
 
+    def weigh(model, processor, images, seen, word, stack):
+        asked.append((len(images), word, str(stack)))
+        if word == "dog":
+            raise SaccadeError("No word is 'dog'.", "see recording.words")
+
     fake = SimpleNamespace(
         ask=answer,
         look=look,
+        weigh=weigh,
         load_model=lambda name, **flags: ((name, *flags.values()), "processor"),
         asked=asked,
     )
@@ -248,6 +255,18 @@ def test_look_writes_a_page(run, looking, tmp_path):
     assert page.read_text() == "<page of None beside another>"
     assert [a[-1] for a in looking.asked if len(a) == 5] == ["None", "dim", "None"]
     assert run("look", "cup.jpg", "--ask", "What?", "-o", "no/look.html")[0] == 2
+
+
+def test_look_measures_what_it_shows(run, looking):
+    weighed = [("cat",), (None,), (None, 2), (None, 2)]
+    asked = ("--word cat", "", "-o look.html", "-o look.html --with dim")
+    for given, words in zip(asked, weighed, strict=True):
+        looking.asked.clear()
+        assert run("look", "cup.jpg", "--ask", "What?", *given.split())[2] == ""
+        stacks = ("dim", "None") if "dim" in given else ("None",)
+        assert [a for a in looking.asked if len(a) == 3] == [(1, w, s) for s in stacks for w in words]
+    code, _, err = run("look", "cup.jpg", "--ask", "What?", "--word", "dog")
+    assert code == 0 and "was not measured: No word is 'dog'" in err
 
 
 @pytest.mark.parametrize(

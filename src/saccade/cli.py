@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade import catalog
-from saccade.core.errors import InputError, nearest, plainly
+from saccade.core.errors import InputError, SaccadeError, nearest, plainly
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("question", metavar="QUESTION")
     ask.add_argument("--compare", action="store_true", help="answer without the stack too")
 
+    experiment = command(
+        "run", _run, "Run an experiment of the catalogue.", 'saccade run "attention_iou(correlation=0.9)"'
+    )
+    experiment.add_argument("stack", metavar="EXPERIMENT", help="its slug, with options in brackets")
+
     doctor = command(
         "doctor",
         _doctor,
@@ -140,9 +145,11 @@ def _parser() -> argparse.ArgumentParser:
         "Ask models under stacks, and bare, what tasks ask; the same command goes on where it was cut off.",
         "saccade bench --model world/vlm --with var 'fastervlm(keep=0.25)' --task world/questions --out runs",
     )
-    bench.add_argument("--model", nargs="+", metavar="M", help="embedded, folder or hub id")
-    bench.add_argument("--with", nargs="+", metavar="STACK", help='joined by "+", or a .stack file')
-    bench.add_argument("--task", nargs="+", metavar="T", help="such as world/questions")
+    bench.add_argument("--model", action="extend", nargs="+", metavar="M", help="embedded, folder or hub id")
+    bench.add_argument(
+        "--with", action="extend", nargs="+", metavar="STACK", help='joined by "+", or a .stack file'
+    )
+    bench.add_argument("--task", action="extend", nargs="+", metavar="T", help="such as world/questions")
     bench.add_argument("--out", metavar="DIR", help="where rows are kept")
     bench.add_argument("--limit", type=int, metavar="N", help="pictures, or texts (500)")
     bench.add_argument("--seed", type=int, metavar="N", help="of what is asked (0)")
@@ -311,7 +318,7 @@ def _use(entry: Entry, options: list[Option]) -> str:
     return {
         "method": f"{ask}sc.attach(model, sc.load({stack!r}))",
         "driver": f"{ask}sc.ask(model, processor, image, question, stack={stack!r})",
-        "experiment": f"sc.{entry.class_name}().run()",
+        "experiment": f"saccade run '{stack}'\n  sc.{entry.class_name}().run()",
     }[entry.card.kind]
 
 
@@ -324,7 +331,14 @@ def _look(args: argparse.Namespace) -> int:
     rows = "after_image" if suffix == ".html" else "generated"  # a page shows the words of the question too
 
     def look(stack: Stack | None) -> Recording:
-        return looking.look(model, processor, images, args.question, stack=stack, rows=rows)
+        seen = looking.look(model, processor, images, args.question, stack=stack, rows=rows)
+        opened = seen.sharpest() if suffix == ".html" else None  # where a page opens
+        for word in [args.word] if args.word else dict.fromkeys((None, opened)):
+            try:
+                looking.weigh(model, processor, images, seen, word, stack)
+            except SaccadeError as e:
+                print(f"How faithful the map is was not measured: {e}", file=sys.stderr)
+        return seen
 
     recording = look(stack)
     if args.plain or not args.out:
@@ -358,7 +372,8 @@ def _write(made: Image | str, path: str) -> None:
         else:
             made.save(path)
     except OSError as e:
-        raise InputError(f"{path} cannot be written: {e}.", "Give a path in a folder of yours.") from e
+        problem = f"{path} cannot be written: {e.strerror or e}."
+        raise InputError(problem, "Give a path in a folder of yours.") from e
 
 
 def _ask(args: argparse.Namespace) -> int:
@@ -381,6 +396,18 @@ def _ask(args: argparse.Namespace) -> int:
         return 0
     for title, chosen in (("without", None), (f"with {stack}", stack)):
         print(f"{_bold(title)}\n{_filled(answer(chosen).strip(), '  ', '  ')}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from saccade.core.driver import Experiment
+    from saccade.stack import load
+
+    (part, *_) = load(args.stack)
+    if not isinstance(part, Experiment):
+        remedy = f"Ask with it: saccade ask IMAGE QUESTION --with '{args.stack}'."
+        raise InputError(f"{args.stack} is no experiment.", remedy)
+    print(repr(part.run()))
     return 0
 
 
@@ -440,20 +467,11 @@ def _results(args: argparse.Namespace) -> int:
     if args.html:
         from saccade.bench.page import page
 
-        _put(page(found), args.html)
+        _write(page(found), args.html)
         return 0
     made = found.plain(_width()) if args.form == "plain" else getattr(found, args.form)()
     print(made.rstrip("\n"))
     return 0
-
-
-def _put(text: str, path: str) -> None:
-    try:
-        Path(path).write_text(text, "utf-8")
-    except OSError as e:
-        raise InputError(
-            f"{path} cannot be written: {e.strerror}.", "Give a path in a folder of yours."
-        ) from e
 
 
 def _calibrate(args: argparse.Namespace) -> int:

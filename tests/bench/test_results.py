@@ -181,6 +181,20 @@ def test_every_option_of_the_command_is_one_of_the_function() -> None:
     assert named | {"trust_remote_code"} == set(signature(bench).parameters)
 
 
+def test_what_is_given_twice_is_added(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def bench(models: Any, stacks: Any, tasks: Any, *_: Any, **__: Any) -> Results:
+        asked.extend([stacks, tasks])
+        return Results()
+
+    monkeypatch.setattr("saccade.bench.runner.bench", bench)
+    stacks = ["--with", "var", "paint", "--with", "vhr"]
+    asking = ["bench", "--model", "world/vlm", *stacks, "--task", "world/questions"]
+    assert cli.main([*asking, "--out", str(tmp_path)]) == 0
+    assert asked == [["var", "paint", "vhr"], ["world/questions"]]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
