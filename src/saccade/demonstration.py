@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from saccade.core.record import Recording
 
 MODEL, SHOWN, QUESTION = "vlm", 9, "what colour is the car ?"
-REDUCING, STEERING = "fastervlm(keep=0.5)", "vhr"
+REDUCING, STEERING = "pyramiddrop", "damro"
 STACKS = {
     "bare": "",
     "fewer visual tokens": REDUCING,
