@@ -16,7 +16,8 @@ from zoo import run
 
 import saccade as sc
 from saccade.core.errors import InputError
-from saccade.reduction.cluster_aggregate import ClusterAggregate, aggregates, clusters, uniform
+from saccade.reduction._parts.clusters import aggregates, clusters
+from saccade.reduction.cluster_aggregate import ClusterAggregate, uniform
 
 from .embedded import said, seen
 from .shared import Inputs
