@@ -42,6 +42,7 @@ class Run:
     methods: tuple[Method, ...]
     plans: Mapping[Site, Plan]
     generating: bool = False
+    in_pieces: bool = False  # the prompt is read so
     follows: bool = False  # of a branch: it reads a prompt, then single tokens of the answer
     step: int = -1  # passes so far, less one
     start: int | None = None  # tokens that were cached before it
@@ -349,7 +350,7 @@ class Pass:
     @property
     def complete(self) -> bool:
         """The whole prompt has been read: it may come in pieces."""
-        prompt = self.run._prompt_ids()
+        prompt = self.run._prompt_ids() if self.run.in_pieces else None
         return prompt is None or self.sequence.length >= prompt.shape[1]
 
     def check_complete(self, what: str = "judges by the prompt's last words") -> None:

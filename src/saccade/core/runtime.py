@@ -365,7 +365,7 @@ class Runtime:
         """One `generate()` is one run. A generation inside another is a run of its own."""
         self.host.check()
         given = {**({"inputs": args[0]} if args else {}), **kwargs}
-        self.host.check_prompt(given)
+        in_pieces = self.host.in_pieces(given)
         outer = self._passes, self._local.run
         run = Run(
             self,
@@ -373,6 +373,7 @@ class Runtime:
             self.methods,
             self.plans,
             generating=True,
+            in_pieces=in_pieces,
             tracked=tracks(self.methods),
         )
         branch.refuse_unverified(run, given)

@@ -81,8 +81,8 @@ class PlainHost:
     def check(self) -> None:
         return None
 
-    def check_prompt(self, given: Mapping[str, Any]) -> None:
-        return None
+    def in_pieces(self, given: Mapping[str, Any]) -> bool:
+        return False
 
     def call(self, inputs: Mapping[str, Any], run: Run) -> Any:
         """A forward of the model, beside whatever else it does."""

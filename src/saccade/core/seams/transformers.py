@@ -345,8 +345,8 @@ class TransformersHost(PlainHost):
                     "detach, change the implementation, and attach again",
                 )
 
-    def check_prompt(self, given: Mapping[str, Any]) -> None:
-        """Refuse chunks of a prompt that the library reads without pictures and sounds, as it does before 5.23."""
+    def in_pieces(self, given: Mapping[str, Any]) -> bool:
+        """Whether a prompt is read so. Refused where the library leaves its pictures out, as it does before 5.23."""
         version = transformers.__version__
         config = given.get("generation_config") or self.model.generation_config
         chunks = given.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
@@ -356,6 +356,7 @@ class TransformersHost(PlainHost):
                 f"transformers {version} reads the chunks of a prompt without its pictures and sounds.",
                 "generate without prefill_chunk_size, or pip install 'transformers>=5.23'",
             )
+        return bool(chunks)
 
     def wraps(self) -> list[tuple[Any, str, str]]:
         """Methods of the library that the runtime stands around: (object, name, what it is)."""
