@@ -61,7 +61,8 @@ class AVISC(Method):
     phases: tuple[str, ...] = option(("prefill", "extend"), "passes in which attention is read")
 
     def observe(self, call: AttentionCall) -> None:
-        call.run.state.setdefault("glances", {})[call.site] = last_glance(call)
+        if call.pass_.complete:
+            call.run.state.setdefault("glances", {})[call.site] = last_glance(call)
 
     def branches(self, run: Run) -> Iterable[Branch]:
         inputs = seeing(run)
