@@ -9,11 +9,12 @@ import pytest
 
 import saccade
 from saccade import world
-from saccade.bench import costs
+from saccade.bench import costs, runner
 from saccade.bench.measured import NOTHING, counted, refusal, timed
+from saccade.bench.page import page
 from saccade.bench.rows import Row, Timed, read_all
 from saccade.bench.runner import ALONE, Asked
-from saccade.core.question import prepare_batch, written
+from saccade.core.question import Answer, prepare_batch, written
 from saccade.core.session import attach
 from saccade.evals.asking import answers
 from saccade.evals.registry import task
@@ -76,6 +77,7 @@ def test_the_few_are_counted_and_the_others_not(model: Any, tmp_path: Path) -> N
     assert len(few) == ALONE
     for about, rows in read_all(tmp_path):
         assert {row.id for row in rows if row.cost} == few
+        assert {row.id for row in rows if row.alone is not None} <= few
         refused = {row.cost.get("refused", "") for row in rows if row.cost}
         assert all(row.alone == row.text for row in rows if row.cost and refused == {""})
         for stack, said in (("damro", "DAMRO"), ("vicrop", "A driver runs")):
@@ -87,6 +89,36 @@ def test_the_few_are_counted_and_the_others_not(model: Any, tmp_path: Path) -> N
     assert by["fastervlm", "visual tokens"].change.value == PATCHES // 4 - PATCHES
     assert by["damro", "gflops"].note in found.plain(120) and "DAMRO" in by["damro", "gflops"].note
     assert by["fastervlm", "gflops"].verdict == ""  # what is counted needs no test
+
+
+def test_more_are_asked_alone_where_numbers_are_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a model that says no to whatever it is asked alone of how many there are."""
+
+    def says(model: Any, processor: Any, samples: Any, **_: Any) -> list[Answer]:
+        said = [Answer("no" if len(samples) == 1 and one.group == "count" else "yes") for one in samples]
+        for one in said:
+            one.seconds, one.tokens = 0.1, 2
+        return said
+
+    model, processor = world.load("vlm")
+    monkeypatch.setattr(runner, "answers", says)
+    monkeypatch.setattr(runner, "counted", lambda *_: ({"refused": "for a reason"}, None))
+    found = saccade.bench({"rounded": (model.bfloat16(), processor)}, [], TASK, tmp_path, limit=30)
+    ((_, rows),) = read_all(tmp_path)
+    alone = [at for at, one in enumerate(rows) if one.alone is not None]
+    assert len(alone) == 32 and min(alone) < 10 and len(rows) - max(alone) < 10
+    assert len({at * 4 // len(rows) for at in alone}) == 4
+    flipped = sum(rows[at].group == "count" for at in alone)
+    assert 0 < flipped < 32
+    told = f"{flipped} of 32"
+    (line,) = (line.split("  ") for line in found.plain(99).splitlines() if "flips" in line)
+    assert [*filter(None, line)] == ["flips", told]
+    assert f"| flips | {told} |" in found.markdown()
+    assert f"<b>{told}</b></td>" in page(found)
+    by = {one.score: one for one in found}
+    assert by["gflops"].note == "for a reason" and by["flips"].values()["value"] == flipped / 32
 
 
 def row(name: str, cost: dict[str, Any] | None, text: str = "yes", alone: str | None = "yes") -> Row:
@@ -112,7 +144,10 @@ def test_figures_of_counts() -> None:
     }
     assert counted([rows[1]]) == {}
     rows.append(row("d", {"refused": "for a reason"}, alone=None))
-    assert set(counted(rows).values()) == {NOTHING} and refusal(rows) == "for a reason"
+    found = counted(rows)
+    assert found["gflops"] == found["visual tokens"] == NOTHING and refusal(rows) == "for a reason"
+    assert found["flips"].value == 1 / 3
+    assert set(counted(rows[-1:]).values()) == {NOTHING}
 
 
 def test_a_machine_needs_what_its_limits_tell() -> None:

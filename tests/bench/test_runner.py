@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -28,7 +29,7 @@ from saccade.evals.registry import task
 from saccade.evals.task import Sample
 from saccade.stack import Stack, load
 
-SLOW = Path(__file__).with_name("slow.py")
+SLOW, KILLED = (Path(__file__).with_name(name) for name in ("slow.py", "killed.py"))
 STACK, TASK = "fastervlm(keep=0.5)", "world/questions"
 
 
@@ -117,6 +118,31 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(
         assert all(len({row.id for row in found}) == len(found) for found in held.values())
     subprocess.run([*command, "0", f"{jobs}"], env=environment, check=True, capture_output=True)
     assert kills and said(tmp_path) == whole
+
+
+@pytest.mark.slow
+def test_two_thousand_answers_are_the_same_behind_ten_kills(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "OMP_NUM_THREADS": "1",
+    }
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    command = [sys.executable, str(KILLED), *map(str, folders), "135", "10"]
+    told = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE)
+    kills = json.loads(told.stdout)
+    whole, killed = (
+        {path.name: path.read_text().splitlines() for path in out.glob("*.jsonl")} for out in folders
+    )
+    assert len(whole) == 2 and whole.keys() == killed.keys()
+    for name, lines in whole.items():
+        (head, *expected), (other, *found) = (map(json.loads, one) for one in (lines, killed[name]))
+        assert head == other
+        assert all(row.pop("seconds") > 0 for row in (*expected, *found))
+        assert expected == found
+        assert len({row["text"] for row in expected}) > 5
+    assert sum(map(len, whole.values())) - len(whole) >= 2000
+    assert kills["killed"] == 10 and kills["at work"] >= 1
 
 
 def test_a_torn_line_is_asked_again(models: Any, whole: Any, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from saccade.evals.interval import Estimate
 from saccade.evals.task import Scores
 
 CANNOT_TELL = "cannot tell"
-COUNTED = ("visual tokens", "gflops", "flips")
+FLIPS = "flips"
+COUNTED = ("visual tokens", "gflops", FLIPS)
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 
@@ -28,19 +29,15 @@ class Measured:
 
 
 def counted(rows: Sequence[Row]) -> Scores:
-    """Of an answer, on the mean of the few samples that were asked alone; and how many of them said something else
-    in their batch. NaN where counting was refused."""
-    few = [row for row in rows if row.cost]
-    if not few:
-        return {}
-    if refusal(few):
-        return dict.fromkeys(COUNTED, NOTHING)
-    held = [row.cost for row in few if row.cost]
-    return {
-        "visual tokens": _plain([cost["visual"] for cost in held]),
-        "gflops": _plain([sum(cost["flops"].values()) / 1e9 for cost in held]),
-        "flips": _plain([row.text != row.alone for row in few]),
-    }
+    """Of an answer, on the mean of the few samples that were counted, and how many of those that were asked alone
+    said something else in their batch. NaN where counting was refused."""
+    held = [row.cost for row in rows if row.cost]
+    differ = [row.text != row.alone for row in rows if row.alone is not None]
+    found = dict.fromkeys(COUNTED, NOTHING) if held else {}
+    if held and not refusal(rows):
+        found["visual tokens"] = _plain([cost["visual"] for cost in held])
+        found["gflops"] = _plain([sum(cost["flops"].values()) / 1e9 for cost in held])
+    return found | ({FLIPS: _plain(differ)} if differ else {})
 
 
 def refusal(rows: Sequence[Row]) -> str:

@@ -27,7 +27,7 @@ COSTS = {
     "speed-up": "times faster than bare",
     "bound": "times faster that FLOPs and bytes allow",
     "oracle speed-up": "times faster, the prompt being so short from the start",
-    "flips": "share of answers that differ when asked alone",
+    "flips": "answers that differ when asked alone, of how many",
 }
 TOLD = COSTS | {
     "chair_i": "chair_i, of what is named, not there",
@@ -247,7 +247,8 @@ def _cell(figure: Figure | None) -> str:
         parts.append(f'<span class="verdict {figure.verdict.split(" ")[0]}">{escape(told)}</span>')
     if isnan(found.value) and figure.note:
         parts.append(f'<small class="note">{escape(figure.note)}</small>')
-    return f'<td title="{escape(figure.note)}"><b>{number(found.value)}</b>{"".join(parts)}</td>'
+    value = figure.share or number(found.value)
+    return f'<td title="{escape(figure.note)}"><b>{value}</b>{"".join(parts)}</td>'
 
 
 def _moved(figure: Figure) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from saccade.bench import measured
 from saccade.bench.fingerprint import fingerprint
-from saccade.bench.measured import CANNOT_TELL, COUNTED, NOTHING
+from saccade.bench.measured import CANNOT_TELL, COUNTED, FLIPS, NOTHING
 from saccade.bench.rows import About, Row, Timed, read_all, read_timed
 from saccade.core.errors import InputError
 from saccade.evals.interval import Estimate, bootstrap, difference
@@ -45,6 +45,16 @@ class Figure:
     verdict: str = ""
     note: str = ""  # why there is no value, or on which machine it was timed
 
+    @property
+    def shown(self) -> str:
+        return self.share or _shown(self.found)
+
+    @property
+    def share(self) -> str:
+        """Of what is so few that a ratio would hide it: how many of how many."""
+        value, count = self.found.value, self.found.count
+        return f"{round(value * count)} of {count}" if self.score == FLIPS and count else ""
+
     def cells(self) -> tuple[str, ...]:
         change = f"{_shown(self.change, '+')} {self.verdict}" if self.change else self.verdict or self.note
         return (
@@ -53,7 +63,7 @@ class Figure:
             self.stack,
             f"{self.samples}" if self.samples == self.of else f"{self.samples} of {self.of}",
             self.score,
-            _shown(self.found),
+            self.shown,
             change,
             self.run,
         )
@@ -98,7 +108,7 @@ class Results(list[Figure]):
         lines: list[str] = []
         before: tuple[str, ...] = ()
         names = max((len(figure.score) for figure in self), default=0)
-        values = max((len(_shown(figure.found)) for figure in self), default=0)
+        values = max((len(figure.shown) for figure in self), default=0)
         for figure in self:
             *what, score, value, change, run = figure.cells()
             if (*what, run) != before:
@@ -168,10 +178,10 @@ def _figures(about: About, rows: Sequence[Row], bare: Sequence[Row]) -> list[Fig
     figures = []
     for score, found in _scores(name, sorted(rows, key=lambda row: row.id)).items():
         change = difference(own[score], base[score]) if score in own and score in base else None
-        if change and math.isnan(change.value):
+        if change and (math.isnan(change.value) or score == FLIPS):
             change = None
         told = verdict(score, change) if change else ""
-        note = measured.refusal(rows) if score in COUNTED else ""
+        note = measured.refusal(rows) if score in COUNTED and math.isnan(found.value) else ""
         figures.append(Figure(*_head(about, rows), score, found, change, told, note))
     return figures
 

@@ -37,8 +37,8 @@ class Row:
     seconds: float  # of the batch, shared equally
     tokens: int  # that were generated
     made: dict[str, Any]  # with which versions
-    cost: dict[str, Any] | None = None  # of the few that are asked alone too: as counted, or why it was not
-    alone: str | None = None  # what was said then
+    cost: dict[str, Any] | None = None  # of the few that are counted: what was, or why it was not
+    alone: str | None = None  # what is said without a batch, of those and perhaps more
 
     @property
     def sample(self) -> Sample:

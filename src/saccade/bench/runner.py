@@ -36,6 +36,7 @@ from saccade.stack import Stack, load
 
 PICTURES = 500  # of a task, where no limit is given
 ALONE = 4  # samples of a task: of 2,000 answers a few more
+ROUNDED = 32  # and so many where numbers are rounded so much that an answer may hang on its batch
 NO_COUNT: tuple[Counted, None] = (
     {"refused": "A driver runs the model several times, and what is counted is one run."},
     None,
@@ -54,8 +55,12 @@ class Asked:
 
     @property
     def few(self) -> list[Sample]:
-        """Those that are asked alone too, from all over."""
-        count = min(ALONE, len(self.samples))
+        """Those that are asked alone too, and counted."""
+        return self.spread(ALONE)
+
+    def spread(self, most: int) -> list[Sample]:
+        """From all over."""
+        count = min(most, len(self.samples))
         return [self.samples[(2 * i + 1) * len(self.samples) // (2 * count)] for i in range(count)]
 
     @classmethod
@@ -331,6 +336,7 @@ def _run(
         return
     driver, methods = split(stack)
     few, most = {one.id for one in asked.few}, asked.task.max_new_tokens
+    rounded = {one.id for one in asked.spread(0 if driver or model.dtype == torch.float32 else ROUNDED)}
     with attach(model, methods) if stack else contextlib.nullcontext() as session:
         for start in range(0, len(asked.samples), batch):
             due = [one for one in asked.samples[start : start + batch] if one.id not in writer.done]
@@ -345,6 +351,9 @@ def _run(
                 if one.id in few:
                     cost, alone = NO_COUNT if driver else counted(model, processor, one, most)
                     rows[at] = replace(rows[at], cost=cost, alone=alone)
+                if one.id in rounded and rows[at].alone is None:
+                    (alone,) = answers(model, processor, [one], max_new_tokens=most)
+                    rows[at] = replace(rows[at], alone=str(alone))
             writer.add(rows)
             progress.add(len(due))
 
