@@ -100,7 +100,10 @@ def test_a_prompt_without_a_place_for_the_picture_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("processor", "why"),
-    [(family("llava").processor, "LlamaForCausalLM takes no pictures"), (tokenizer, "makes nothing of pictures")],
+    [
+        (family("llava").processor, "LlamaForCausalLM takes no pictures"),
+        (tokenizer, "makes nothing of pictures"),
+    ],
 )
 def test_a_picture_that_nobody_looks_at_is_refused(processor: Any, why: str) -> None:
     with unchanged(shared("llama")), pytest.raises(InputError, match=why):

@@ -30,8 +30,8 @@ class AttentionCall:
     """Queries (batch, heads, queries, dim); keys and values (batch, key heads, keys, dim), not repeated.
 
     `mask` is what the native operator gets: None, bool (True attends) or additive, (batch, heads or 1,
-    queries, keys), (batch, keys) where a kernel wants padding only, or flex attention's `BlockMask`. `causal` and `window` say what
-    the operator adds to it by itself.
+    queries, keys), (batch, keys) where a kernel wants padding only, or flex attention's `BlockMask`. `causal` and
+    `window` say what the operator adds to it by itself.
     """
 
     def __init__(
