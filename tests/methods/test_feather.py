@@ -214,7 +214,7 @@ def test_stages_that_are_none_are_refused() -> None:
 
 
 def test_a_prompt_in_pieces_is_refused() -> None:
-    with sc.attach(shared("llava", DOUBLE), Feather()), pytest.raises(InputError, match="pieces"):
+    with sc.attach(shared("llava", DOUBLE), Feather()), pytest.raises(InputError, match="prefill_chunk_size"):
         generated(shared("llava", DOUBLE), one(), prefill_chunk_size=10)
 
 

@@ -270,7 +270,10 @@ def test_with_nothing_merged_or_dropped_it_is_the_model() -> None:
 
 
 def test_a_prompt_in_pieces_is_refused() -> None:
-    with sc.attach(shared("llava", DOUBLE), MustDrop(**NONE)), pytest.raises(InputError, match="pieces"):
+    with (
+        sc.attach(shared("llava", DOUBLE), MustDrop(**NONE)),
+        pytest.raises(InputError, match="prefill_chunk_size"),
+    ):
         generated(shared("llava", DOUBLE), one(), prefill_chunk_size=10)
 
 

@@ -201,7 +201,10 @@ def test_all_kept_and_never_left_is_the_model() -> None:
 
 
 def test_a_prompt_in_pieces_is_refused_where_attention_is_checked() -> None:
-    with sc.attach(shared("llava", DOUBLE), ToDRE(sites=CHECK)), pytest.raises(InputError, match="pieces"):
+    with (
+        sc.attach(shared("llava", DOUBLE), ToDRE(sites=CHECK)),
+        pytest.raises(InputError, match="prefill_chunk_size"),
+    ):
         generated(shared("llava", DOUBLE), one(), prefill_chunk_size=10)
 
 

@@ -149,5 +149,5 @@ def test_sinks_lose_weight_and_rows_still_sum_to_one() -> None:
 
 def test_a_prompt_that_comes_in_pieces_is_refused() -> None:
     model = model_of("llava")
-    with sc.attach(model, VASparse()), pytest.raises(InputError, match="pieces"):
+    with sc.attach(model, VASparse()), pytest.raises(InputError, match="prefill_chunk_size"):
         generated(model, sample("llava"), 2, prefill_chunk_size=11)

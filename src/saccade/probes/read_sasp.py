@@ -216,7 +216,7 @@ def soften(hard: Tensor, full: Tensor) -> Tensor:
 
 def scaled(values: Tensor) -> Tensor:
     """From 0 to 1."""
-    low, high = values.aminmax()
+    low, high = values.amin(), values.amax()  # torch 2.9 does not differentiate aminmax
     if low == high:
         raise InputError(
             "The map is the same everywhere: it shows no place.", "ask about what is in the picture"
